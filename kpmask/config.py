@@ -1,0 +1,600 @@
+"""Jobs and their parts: frozen, typed, unknown keys refused, presets loaded.
+
+- A job is one pydantic model. A preset is a TOML file with a table for each job that it sets.
+- Order of precedence: defaults here, then the preset, then a job file, then `--set key=value`,
+  then the command's own flags.
+- Whatever is wrong is a `ConfigError` that names the field, the value and what is allowed.
+
+Where the two papers and their code differ, the comment beside the field names both values.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from kpmask.errors import ConfigError
+from kpmask.records import Motion, digest
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class Part(BaseModel):
+    """Base of every job and part of one: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def digest(self) -> str:
+        """The SHA-256 of these settings in canonical form."""
+        return digest(self.model_dump(mode="json"))
+
+
+# --- shared parts ----------------------------------------------------------------------------
+
+
+class MediaLimits(Part):
+    """What an untrusted image or video may ask of us."""
+
+    max_side_px: PositiveInt = 4096
+    min_side_px: PositiveInt = 32
+    max_frames: PositiveInt = 1_000_000
+    max_bytes: PositiveInt = 8 * 2**30
+    max_gap_s: Seconds = 60.0  # a longer hole between two frames ends the video there
+    timeout_s: Seconds = 30.0  # of one open or read
+
+
+class Cluster(Part):
+    """How much of the Ray cluster a job takes. RAY_ADDRESS chooses the cluster itself."""
+
+    num_workers: PositiveInt | None = None  # None: one for every CPU (or GPU) that Ray has
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+    max_deaths: PositiveInt = 2  # an item that killed this many workers is given up
+    max_attempts: PositiveInt = 3  # of an item whose error says that a retry can help
+    item_timeout_s: Seconds = 3600.0
+
+
+# --- preprocess ------------------------------------------------------------------------------
+
+
+class Download(Part):
+    """How videos that are not at hand are fetched (yt-dlp)."""
+
+    enabled: bool = True
+    url_template: str = "https://www.youtube.com/watch?v={video_id}"
+    max_attempts: PositiveInt = 4
+    backoff_s: Seconds = 2.0  # doubles with every attempt
+    timeout_s: Seconds = 20.0
+    max_bytes: PositiveInt = 4 * 2**30
+    max_height_px: PositiveInt = 720
+    rate_bytes_per_s: PositiveInt | None = None
+    concurrency: PositiveInt = 4
+    cookies_file: str | None = Field(default=None, repr=False)
+    proxy: str | None = Field(default=None, repr=False)
+    allow_private_hosts: bool = False  # loopback and private networks, for a mirror of one's own
+
+
+class Clips(Part):
+    """How a span of a video becomes a clip."""
+
+    size_px: PositiveInt = 256
+    min_frames: PositiveInt = 16
+    max_frames: PositiveInt = 1024
+    min_box_px: Annotated[int, Field(ge=0)] = 0  # refuse a box with both sides smaller
+    increase: Annotated[float, Field(ge=0)] = 0.0  # growth of the box on each side
+    # The paper crops "while preserving the aspect ratio" (square); the published code stretches a
+    # box that is not square.
+    fit: Literal["square", "stretch"] = "square"
+    test_fraction: Fraction = 0.1  # for videos that come without a split, by identity
+
+
+class Storage(Part):
+    """How clips are stored."""
+
+    layout: Literal["shards", "folders"] = "shards"
+    image_format: Literal["png", "jpeg"] = "png"
+    jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 95
+    clips_per_shard: PositiveInt = 64
+
+
+class PreprocessJob(Part):
+    """Cut raw videos into a dataset of clips."""
+
+    out: str
+    metadata: str | None = None
+    videos: str | None = None
+    raw: str | None = None
+    clips: Clips = Clips()
+    storage: Storage = Storage()
+    download: Download = Download()
+    limits: MediaLimits = MediaLimits()
+    cluster: Cluster = Cluster()
+    max_failed_fraction: Fraction = 0.5
+
+    @model_validator(mode="after")
+    def _one_input(self) -> PreprocessJob:
+        if (self.metadata is None) == (self.videos is None):
+            raise ValueError("give exactly one of metadata and videos")
+        return self
+
+
+# --- models ----------------------------------------------------------------------------------
+
+
+class Hourglass(Part):
+    """Widths of a U-Net: block i has min(max_features, block_expansion * 2**i) channels."""
+
+    block_expansion: PositiveInt = 64
+    num_blocks: PositiveInt = 5
+    max_features: PositiveInt = 1024
+
+
+class KeypointDetector(Hourglass):
+    """The FOMM keypoint detector (FOMM section 3.1; K = 10 in every published setting)."""
+
+    block_expansion: PositiveInt = 32
+    num_keypoints: PositiveInt = 10
+    scale_factor: Annotated[float, Field(gt=0, le=1)] = 0.25
+    temperature: Annotated[float, Field(gt=0)] = 0.1
+    estimate_jacobian: bool = True
+    single_jacobian_map: bool = False
+    # The heads are 7x7 convolutions. Published: no padding, so the maps lose 6 px and keypoint
+    # space is stretched against image space (64/58 at 256 px). Small maps want 3.
+    head_padding: Literal[0, 3] = 0
+
+
+class DenseMotion(Hourglass):
+    """FOMM's dense motion network (FOMM section 3.2)."""
+
+    scale_factor: Annotated[float, Field(gt=0, le=1)] = 0.25
+    kp_variance: Annotated[float, Field(gt=0)] = 0.01
+    estimate_occlusion: bool = True
+
+
+class FommGenerator(Part):
+    """FOMM's generator: encoder, warp, residual bottleneck, decoder (Johnson et al.)."""
+
+    block_expansion: PositiveInt = 64
+    num_down_blocks: PositiveInt = 2
+    num_bottleneck_blocks: PositiveInt = 6
+    max_features: PositiveInt = 512
+
+
+class FommModel(Part):
+    """First order motion model, which also pretrains the keypoint detector."""
+
+    system: Literal["fomm"] = "fomm"
+    image_size_px: PositiveInt = 256
+    detector: KeypointDetector = KeypointDetector()
+    dense_motion: DenseMotion = DenseMotion()
+    generator: FommGenerator = FommGenerator()
+    # grid_sample without the argument was True on torch 1.0, with which the public weights were
+    # trained, and is False since 1.3, under which the identity grid is not an identity.
+    align_corners: bool = True
+
+    @model_validator(mode="after")
+    def _sides_divide(self) -> FommModel:
+        _check_side(self.image_size_px, self.detector.scale_factor, self.detector.num_blocks)
+        _check_side(
+            self.image_size_px, self.dense_motion.scale_factor, self.dense_motion.num_blocks
+        )
+        return self
+
+
+class LowResolution(Part):
+    """First generator stage: source at `scale_factor` and two masks -> full-size prediction."""
+
+    scale_factor: Annotated[float, Field(gt=0, le=1)] = 0.25
+    block_expansion: PositiveInt = 64  # width after the last up block
+    num_bottleneck_blocks: PositiveInt = 6
+
+    @property
+    def num_up_blocks(self) -> int:
+        """log2(1 / scale_factor): the stage's output has the image's size."""
+        return round(1 / self.scale_factor).bit_length() - 1
+
+
+class KeypointMaskModel(Part):
+    """Keypoint mask (paper 002): a mask from a frozen keypoint detector, two generator stages."""
+
+    system: Literal["keypoint-mask"] = "keypoint-mask"
+    image_size_px: PositiveInt = 256
+    # heatmap: sum of the K logit maps, absolute motion only (section 2.1). circles: Gaussians at
+    # the soft-argmax points, also relative motion (2.2). softmax: sum of the softmaxed maps (a
+    # third setting of the published code, not in the paper).
+    mask: Literal["heatmap", "circles", "softmax"] = "heatmap"
+    circle_variance: Annotated[float, Field(gt=0)] = 0.003
+    # padded: circles are drawn on the detector's map, as in training. full: on the mask's full
+    # grid, as the published animation code does, which misplaces them by 64/58 at 256 px.
+    circle_grid: Literal["padded", "full"] = "padded"
+    detector: KeypointDetector = KeypointDetector()
+    low_resolution: LowResolution = LowResolution()
+    high_resolution: Hourglass = Hourglass()
+
+    @model_validator(mode="after")
+    def _sides_divide(self) -> KeypointMaskModel:
+        _check_side(self.image_size_px, self.detector.scale_factor, self.detector.num_blocks)
+        _check_side(self.image_size_px, 1.0, self.high_resolution.num_blocks)
+        scale = 1 / self.low_resolution.scale_factor
+        if scale != 2**self.low_resolution.num_up_blocks:
+            raise ValueError("low_resolution.scale_factor must be 1/2, 1/4, 1/8, ...")
+        return self
+
+
+def _check_side(image_size_px: int, scale_factor: float, num_blocks: int) -> None:
+    side = image_size_px * scale_factor
+    if side % 2**num_blocks:
+        raise ValueError(
+            f"a side of {side:g} px ({image_size_px} * {scale_factor:g}) does not divide by "
+            f"2**{num_blocks}; lower num_blocks or change the size"
+        )
+
+
+ModelConfig = Annotated[FommModel | KeypointMaskModel, Field(discriminator="system")]
+
+
+# --- train -----------------------------------------------------------------------------------
+
+
+class Losses(Part):
+    """Loss weights (FOMM's, which paper 002 takes over)."""
+
+    perceptual: Annotated[float, Field(ge=0)] = 10.0
+    scales: tuple[float, ...] = (1.0, 0.5, 0.25, 0.125)
+    pixel: Annotated[float, Field(ge=0)] = 0.0  # L1; 0 in both papers
+    equivariance_value: Annotated[float, Field(ge=0)] = 10.0
+    equivariance_jacobian: Annotated[float, Field(ge=0)] = 10.0
+    transform_sigma_affine: float = 0.05
+    transform_sigma_tps: float = 0.005
+    transform_points_tps: PositiveInt = 5
+
+
+class Augmentation(Part):
+    """The papers' augmentation. Half the clips are reversed in time, else half are mirrored."""
+
+    flip: bool = True
+    brightness: Annotated[float, Field(ge=0, le=1)] = 0.1
+    contrast: Annotated[float, Field(ge=0, le=1)] = 0.1
+    saturation: Annotated[float, Field(ge=0, le=1)] = 0.1
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+
+
+class Phase(Part):
+    """One training phase: a system, its optimiser and its length.
+
+    A phase whose model has a frozen detector takes it from the phase before, or from
+    `detector_weights`.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]
+    model: ModelConfig
+    detector_weights: str | None = None
+    epochs: PositiveInt = 100
+    max_steps: PositiveInt | None = None  # ends the phase before its epochs do
+    batch_size: PositiveInt = 28  # over all workers; 002 code: 28 (heatmap), 15 (circles)
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    betas: tuple[float, float] = (0.5, 0.999)  # the 002 code's; paper 003 says (.5, .9)
+    milestones: tuple[Fraction, ...] = (0.6, 0.9)  # of the phase's length; then lr * 0.1
+    losses: Losses = Losses()
+
+
+Perceptual = Literal["vgg19", "efficientnet-lite0", "random", "none"]
+
+
+class TrainJob(Part):
+    """Train one or more phases on a dataset; the last phase's weights are the run's result."""
+
+    data: str
+    out: str
+    phases: Annotated[tuple[Phase, ...], Field(min_length=1)]
+    perceptual: Perceptual = "vgg19"
+    perceptual_weights: str | None = None  # a local file; else downloaded once and verified
+    augmentation: Augmentation = Augmentation()
+    num_repeats: PositiveInt = 150  # pairs drawn of each identity in an epoch
+    seed: Annotated[int, Field(ge=0)] = 0
+    num_workers: PositiveInt = 1
+    use_gpu: bool = False
+    threads_per_worker: PositiveInt | None = None  # None: the CPUs shared out
+    log_every_steps: PositiveInt = 10
+    sample_every_steps: PositiveInt = 200
+    checkpoint_every_steps: PositiveInt = 200
+    max_restarts: Annotated[int, Field(ge=0)] = 2
+    resume: bool = True
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> TrainJob:
+        names = [phase.name for phase in self.phases]
+        if len(set(names)) != len(names):
+            raise ValueError(f"phase names repeat: {', '.join(names)}")
+        for before, phase in zip((None, *self.phases), self.phases, strict=False):
+            if phase.batch_size % self.num_workers:
+                raise ValueError(
+                    f"phase {phase.name!r}: batch_size {phase.batch_size} does not divide by "
+                    f"num_workers {self.num_workers}"
+                )
+            if phase.model.system != "keypoint-mask":
+                continue
+            if before is None and phase.detector_weights is None:
+                raise ValueError(
+                    f"phase {phase.name!r} needs a trained keypoint detector: put a fomm phase "
+                    f"before it or set detector_weights"
+                )
+            if before is not None and before.model.detector != phase.model.detector:
+                raise ValueError(f"phase {phase.name!r}: its detector differs from the one before")
+        sizes = {phase.model.image_size_px for phase in self.phases}
+        if len(sizes) > 1:
+            raise ValueError(f"phases differ in image_size_px: {sorted(sizes)}")
+        return self
+
+
+# --- animate ---------------------------------------------------------------------------------
+
+
+class AnimateJob(Part):
+    """Animate one pair or a catalog."""
+
+    checkpoint: str
+    out: str
+    source: str | None = None
+    driving: str | None = None
+    catalog: str | None = None
+    sources: str | None = None
+    drivings: str | None = None
+    motion: Motion = "absolute"
+    adapt_scale: bool = False
+    best_frame: bool = False  # relative motion from the frame most like the source
+    audio: bool = False
+    device: str = "auto"
+    batch_size: PositiveInt = 8
+    limits: MediaLimits = MediaLimits()
+    min_driving_frames: PositiveInt = 2
+    cluster: Cluster = Cluster()
+    max_failed_fraction: Fraction = 0.5
+
+    @model_validator(mode="after")
+    def _one_input(self) -> AnimateJob:
+        pair = (self.source is not None, self.driving is not None)
+        grid = (self.sources is not None, self.drivings is not None)
+        if pair.count(True) == 1 or grid.count(True) == 1:
+            raise ValueError("source goes with driving, and sources with drivings")
+        if [pair[0], self.catalog is not None, grid[0]].count(True) != 1:
+            raise ValueError("give one of: source + driving, catalog, sources + drivings")
+        return self
+
+
+# --- evaluate --------------------------------------------------------------------------------
+
+MetricName = Literal["l1", "l1_with_first", "l1_moving", "ssim"]
+
+
+class EvaluateJob(Part):
+    """Score a checkpoint on a test split, or one folder of videos against another."""
+
+    out: str
+    checkpoint: str | None = None
+    data: str | None = None
+    generated: str | None = None
+    reference: str | None = None
+    metrics: Annotated[tuple[MetricName, ...], Field(min_length=1)] = (
+        "l1",
+        "l1_with_first",
+        "l1_moving",
+        "ssim",
+    )
+    partition: Literal["train", "test"] = "test"
+    max_clips: PositiveInt | None = None
+    device: str = "auto"
+    batch_size: PositiveInt = 8
+    limits: MediaLimits = MediaLimits()
+    cluster: Cluster = Cluster()
+    max_failed_fraction: Fraction = 0.5
+
+    @model_validator(mode="after")
+    def _one_input(self) -> EvaluateJob:
+        model = (self.checkpoint is not None, self.data is not None)
+        folders = (self.generated is not None, self.reference is not None)
+        if model not in {(True, True), (False, False)} or folders not in {
+            (True, True),
+            (False, False),
+        }:
+            raise ValueError("checkpoint goes with data, and generated with reference")
+        if model[0] == folders[0]:
+            raise ValueError("give either checkpoint + data or generated + reference")
+        return self
+
+
+# --- presets and overrides -------------------------------------------------------------------
+
+JobName = Literal["preprocess", "train", "animate", "evaluate"]
+Job = PreprocessJob | TrainJob | AnimateJob | EvaluateJob
+J = TypeVar("J", bound=Part)
+
+JOB_TYPES: Mapping[str, type[Part]] = {
+    "preprocess": PreprocessJob,
+    "train": TrainJob,
+    "animate": AnimateJob,
+    "evaluate": EvaluateJob,
+}
+
+
+def preset_names() -> list[str]:
+    """The presets that the package carries."""
+    folder = resources.files("kpmask") / "presets"
+    return sorted(
+        p.name.removesuffix(".toml") for p in folder.iterdir() if p.name.endswith(".toml")
+    )
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """A preset's tables: one of the package's by name, or a TOML file by path.
+
+    Raises:
+        ConfigError: no such preset, not TOML, or a table that is not a job's.
+    """
+    if name.endswith(".toml"):
+        return _read_toml(Path(name))
+    if name not in preset_names():
+        raise ConfigError(
+            f"no preset {name!r}; there are: {', '.join(preset_names())}",
+            subject="preset",
+            code="unknown_preset",
+            hint="or give the path of a .toml file",
+        )
+    path = resources.files("kpmask") / "presets" / f"{name}.toml"
+    return _checked_tables(tomllib.loads(path.read_text(encoding="utf-8")), name)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(error.strerror or str(error), subject=str(path)) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"not TOML: {error}", subject=str(path)) from error
+    return _checked_tables(tables, str(path))
+
+
+def _checked_tables(tables: dict[str, Any], subject: str) -> dict[str, Any]:
+    unknown = sorted(set(tables) - set(JOB_TYPES))
+    if unknown:
+        raise ConfigError(
+            f"unknown table {unknown[0]!r}; allowed: {', '.join(JOB_TYPES)}", subject=subject
+        )
+    return tables
+
+
+def parse_override(text: str) -> tuple[list[str], Any]:
+    """`a.b=value` as a path and a value; the value is JSON where it parses, else a string."""
+    key, equals, raw = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"{text!r} is not key=value", subject="--set")
+    try:
+        value = json.loads(raw)
+    except json.JSONDecodeError:
+        value = raw
+    return key.strip().split("."), value
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        merged[key] = _merged(old, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def _apply_override(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:  # noqa: ANN401
+    """Set `path` in nested dicts and lists; a list is indexed by number or by its items' name."""
+    subject = f"--set {'.'.join(path)}"
+    node: Any = tree
+    for key in path[:-1]:
+        node = node[_list_index(node, key, subject)] if isinstance(node, list) else _part(node, key)
+        if not isinstance(node, dict | list):
+            raise ConfigError(f"{key!r} has no parts", subject=subject)
+    if isinstance(node, list):
+        node[_list_index(node, path[-1], subject)] = value
+    else:
+        node[path[-1]] = value
+
+
+def _part(node: dict[str, Any], key: str) -> Any:  # noqa: ANN401 - plain data
+    return node.setdefault(key, {})
+
+
+def _list_index(items: list[Any], key: str, subject: str) -> int:
+    names = [item.get("name") if isinstance(item, dict) else None for item in items]
+    if key in names:
+        return names.index(key)
+    if key.isdigit() and int(key) < len(items):
+        return int(key)
+    allowed = [str(n) for n in names if n] or [str(i) for i in range(len(items))]
+    raise ConfigError(f"no part {key!r}; allowed: {', '.join(allowed)}", subject=subject)
+
+
+def resolve_job(
+    job_type: type[J],
+    *,
+    preset: str | None = None,
+    job_file: str | None = None,
+    overrides: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> J:
+    """One job from a preset, a job file, overrides and the command's own flags.
+
+    Args:
+        job_type: one of `JOB_TYPES`.
+        preset: a preset's name or path.
+        job_file: a TOML file in a preset's form.
+        overrides: `key=value` texts; keys are dotted paths within the job.
+        flags: values given on the command line; None means not given.
+
+    Raises:
+        ConfigError: naming the field, the value and what is allowed.
+    """
+    name = next(n for n, t in JOB_TYPES.items() if t is job_type)
+    tree: dict[str, Any] = {}
+    if preset is not None:
+        tree = _merged(tree, load_preset(preset).get(name, {}))
+    if job_file is not None:
+        tree = _merged(tree, _read_toml(Path(job_file)).get(name, {}))
+    tree = json.loads(json.dumps(tree))  # a copy of our own to change
+    for text in overrides:
+        path, value = parse_override(text)
+        _apply_override(tree, path, value)
+    tree = _merged(tree, {k: v for k, v in (flags or {}).items() if v is not None})
+    return validated(job_type, tree)
+
+
+def validated(part_type: type[J], tree: Mapping[str, Any]) -> J:
+    """A part from plain data.
+
+    Raises:
+        ConfigError: the first thing that is wrong, by its dotted field name.
+    """
+    try:
+        return part_type.model_validate_json(json.dumps(tree))
+    except ValidationError as error:
+        raise _config_error(part_type, error) from None
+
+
+def _config_error(part_type: type[Part], error: ValidationError) -> ConfigError:
+    problem = error.errors()[0]
+    # pydantic puts the tag of a tagged union into the location; it is no field of ours.
+    place = [str(p) for p in problem["loc"] if p not in {"fomm", "keypoint-mask"}]
+    field = ".".join(place) or part_type.__name__
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        message = f"no such setting; allowed here: {', '.join(_fields_at(part_type, place[:-1]))}"
+    elif problem["type"] == "missing":
+        message = "is needed and was not given"
+    elif "input" in problem and not isinstance(problem["input"], dict):
+        message = f"{message}, not {problem['input']!r}"
+    return ConfigError(message, subject=field)
+
+
+def _fields_at(part_type: type[Part], place: Sequence[str]) -> list[str]:
+    """Field names of the part that a dotted place leads to, as far as it can be followed."""
+    node: Any = part_type
+    for key in place:
+        if key.isdigit():
+            continue
+        node = _inner_part(node.model_fields[key].annotation) or node
+    return sorted(node.model_fields)
+
+
+def _inner_part(annotation: Any) -> type[Part] | None:  # noqa: ANN401 - a type expression
+    import typing
+
+    if isinstance(annotation, type) and issubclass(annotation, Part):
+        return annotation
+    found = [_inner_part(a) for a in typing.get_args(annotation)]
+    return next((f for f in found if f), None)

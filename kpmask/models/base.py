@@ -1,0 +1,138 @@
+"""The seam that every system has: encode a source once, a driving video once, render each frame.
+
+Tensor names end in axis letters: B batch, C channel, H height, W width, K keypoint, T time.
+Images are float RGB in [0, 1]. Coordinates are (x, y) in [-1, 1], corner-aligned: point i of n is
+2i/(n-1) - 1. Models are plain single-device code; precision, compilation, distribution and
+caching are applied from outside.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Generic, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from kpmask.errors import ConfigError
+from kpmask.records import Motion
+
+
+@dataclass(frozen=True)
+class State:
+    """Tensors that share their first axis (one entry an image or frame). Subclasses add fields."""
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return type(self)(**{k: None if v is None else function(v) for k, v in values.items()})
+
+    def __len__(self) -> int:
+        return next(
+            len(v)
+            for v in (getattr(self, f.name) for f in dataclasses.fields(self))
+            if v is not None
+        )
+
+    def __getitem__(self, index: slice | Tensor) -> Self:
+        return self._map(lambda tensor: tensor[index])
+
+    def to(self, device: torch.device | str) -> Self:
+        return self._map(lambda tensor: tensor.to(device))
+
+    def repeat(self, count: int) -> Self:
+        """A state of one entry, `count` times, without a copy."""
+        assert len(self) == 1
+        return self._map(lambda tensor: tensor.expand(count, *tensor.shape[1:]))
+
+    @classmethod
+    def cat(cls, states: Sequence[Self]) -> Self:
+        names = [f.name for f in dataclasses.fields(cls)]
+        columns = {n: [getattr(s, n) for s in states] for n in names}
+        return cls(**{n: None if c[0] is None else torch.cat(c) for n, c in columns.items()})
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What `render` returns.
+
+    Attributes:
+        image_BCHW: the frame.
+        low_resolution_BCHW: the first stage's frame, where the system has two stages.
+        source_mask_B1HW, driving_mask_B1HW: what the generator was shown, where there are masks.
+    """
+
+    image_BCHW: Tensor
+    low_resolution_BCHW: Tensor | None = None
+    source_mask_B1HW: Tensor | None = None
+    driving_mask_B1HW: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Frame pairs of the same video: draw `driving_BCHW` from `source_BCHW`."""
+
+    source_BCHW: Tensor
+    driving_BCHW: Tensor
+
+    def __post_init__(self) -> None:
+        if self.source_BCHW.shape != self.driving_BCHW.shape:
+            raise ValueError(
+                f"source {tuple(self.source_BCHW.shape)} and driving "
+                f"{tuple(self.driving_BCHW.shape)} differ in shape"
+            )
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """Named, weighted scalar losses; their sum is what is minimised."""
+
+    terms: dict[str, Tensor]
+
+    @property
+    def total(self) -> Tensor:
+        return torch.stack(list(self.terms.values())).sum()
+
+
+S = TypeVar("S", bound=State)
+D = TypeVar("D", bound=State)
+
+
+class AnimationSystem(nn.Module, ABC, Generic[S, D]):
+    """One way to animate. `motions` names the ways of motion transfer that it supports."""
+
+    motions: ClassVar[frozenset[Motion]] = frozenset({"absolute"})
+    image_size_px: int
+
+    @abstractmethod
+    def encode_source(self, source_BCHW: Tensor) -> S:
+        """All that depends on the source image alone; once per image."""
+
+    @abstractmethod
+    def encode_driving(self, driving_BCHW: Tensor) -> D:
+        """All that depends on a driving frame alone; once per frame, reused for every source."""
+
+    @abstractmethod
+    def render(self, source: S, driving: D) -> Prediction:
+        """Draw each source in the pose of its driving frame; both states have B entries."""
+
+    def relative_motion(self, source: S, driving: D, initial: D, *, adapt_scale: bool) -> D:
+        """The driving state that moves the source as `driving` moved since `initial`.
+
+        Args:
+            source: B entries. driving: B entries. initial: 1 or B entries.
+            adapt_scale: scale the motion by the ratio of the two objects' sizes.
+
+        Raises:
+            ConfigError: the system has no relative motion.
+        """
+        raise ConfigError(
+            f"{type(self).__name__} supports {', '.join(sorted(self.motions))} motion only",
+            subject="motion",
+        )
+
+    @abstractmethod
+    def training_losses(self, batch: Batch) -> LossTerms:
+        """The weighted losses of a batch; what `forward` returns under DistributedDataParallel."""

@@ -1,0 +1,402 @@
+"""The records that are stored or cross a process, and how they become Parquet rows.
+
+Records are frozen and only move forward: a stage returns new ones and never fills in fields of
+one that it was given. Names carry units (`_s`, `_px`, `_bytes`, `_deg`). Fields are scalars,
+optional scalars or tuples of scalars, so that one rule maps every record to Arrow and back.
+No wall-clock time is stored in a manifest, so that two runs over the same input write equal ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Union
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Partition = Literal["train", "test"]
+Motion = Literal["absolute", "relative"]
+
+
+def digest(value: Any) -> str:  # noqa: ANN401 - any JSON value
+    """The SHA-256 of a JSON value in canonical form: how every content id here is made."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# --- preprocess ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRow:
+    """One row of a metadata table: frames [start, end) and a box of one video.
+
+    Frame numbers and the box are in the reference video (`ref_fps`, `ref_size_px`), not in the
+    file at hand. A user's own video has no reference: then every one of these is None.
+    """
+
+    line: int
+    video_id: str
+    partition: Partition
+    identity: str
+    start_frame: int | None = None
+    end_frame: int | None = None
+    bbox_px: tuple[int, int, int, int] | None = None  # left, top, right, bottom
+    ref_fps: float | None = None
+    ref_size_px: tuple[int, int] | None = None  # width, height
+    person_id: str | None = None
+    url: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RawVideo:
+    """A raw video in the store: `key` is relative to the raw root."""
+
+    video_id: str
+    key: str
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class VideoProbe:
+    """What a video file is, as displayed: rotation is applied to `width_px` and `height_px`.
+
+    `*_from_header` may lie; everything else was read from the stream.
+    """
+
+    fps: float
+    duration_s: float | None
+    width_px: int
+    height_px: int
+    codec: str
+    pixel_format: str
+    rotation_deg: int
+    stream_index: int
+    has_audio: bool
+    num_frames_from_header: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ClipPlan:
+    """Which seconds and pixels of a raw video become which clip.
+
+    `crop_px` is (left, top, right, bottom) in displayed pixels and lies inside the frame;
+    `clamped` says that the annotated box did not. Frames with start_s <= t < end_s are kept.
+    """
+
+    clip_id: str
+    name: str
+    video_id: str
+    partition: Partition
+    identity: str
+    start_s: float
+    end_s: float
+    crop_px: tuple[int, int, int, int]
+    clamped: bool
+    size_px: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClipRecord:
+    """A clip of a finished dataset: row `row` of shard `shard` (a key relative to the dataset).
+
+    `sha256` is over the decoded RGB frames, so that it does not depend on the image format.
+    """
+
+    clip_id: str
+    name: str
+    partition: Partition
+    identity: str
+    video_id: str
+    shard: str
+    row: int
+    num_frames: int
+    fps: float
+    width_px: int
+    height_px: int
+    start_s: float
+    end_s: float
+    crop_px: tuple[int, int, int, int]
+    clamped: bool
+    num_frames_lost: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetManifest:
+    """What a finished dataset holds; its `stats.json`."""
+
+    uri: str
+    dataset_id: str
+    settings_digest: str
+    num_train: int
+    num_test: int
+    num_frames: int
+    num_failures: int
+
+
+# --- train -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """One logged training step. `loss` is the total; `terms` are in `term_names` order."""
+
+    phase: str
+    step: int
+    epoch: float
+    learning_rate: float
+    loss: float
+    term_names: tuple[str, ...]
+    term_values: tuple[float, ...]
+    samples_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointRef:
+    """A weights file: `uri`, its step and its SHA-256."""
+
+    uri: str
+    step: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunManifest:
+    """What a finished training run made; its `manifest.json`."""
+
+    uri: str
+    run_id: str
+    settings_digest: str
+    dataset_id: str
+    system: str
+    perceptual: str
+    num_steps: int
+    final_loss: float
+    weights_sha256: str
+
+
+# --- animate ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogRow:
+    """One wanted animation, as given: URIs or paths, not yet looked at."""
+
+    line: int
+    name: str
+    source: str
+    driving: str
+    motion: Motion
+    adapt_scale: bool
+    best_frame: bool
+    audio: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AnimationItem:
+    """A catalog row with its inputs found; `item_id` digests all that shapes the output."""
+
+    item_id: str
+    name: str
+    source: str
+    driving: str
+    source_sha256: str
+    driving_sha256: str
+    motion: Motion
+    adapt_scale: bool
+    best_frame: bool
+    audio: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedVideo:
+    """A video file that was written and read back."""
+
+    num_frames: int
+    fps: float
+    width_px: int
+    height_px: int
+    size_bytes: int
+    sha256: str
+    has_audio: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AnimationRecord:
+    """A finished animation; `key` is relative to the output root."""
+
+    item_id: str
+    name: str
+    source: str
+    driving: str
+    source_sha256: str
+    driving_sha256: str
+    motion: Motion
+    key: str
+    num_frames: int
+    num_frames_lost: int
+    fps: float
+    width_px: int
+    height_px: int
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogManifest:
+    """What a finished catalog holds; its `summary.json`."""
+
+    uri: str
+    settings_digest: str
+    weights_sha256: str
+    num_items: int
+    num_frames: int
+    num_failures: int
+
+
+# --- evaluate --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class VideoScore:
+    """One metric of one video. `num_frames` is how many frames it is the mean of."""
+
+    clip_id: str
+    name: str
+    metric: str
+    value: float
+    num_frames: int
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreSummary:
+    """One metric over all videos.
+
+    `mean` is the mean of per-video means; `pooled` the mean over all frames of all videos, as the
+    papers' code has it (longer videos weigh more).
+    """
+
+    metric: str
+    mean: float
+    std: float
+    pooled: float
+    num_videos: int
+    num_frames: int
+
+
+# --- every job -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An item that could not be done. `code` is stable, `cause` is for people."""
+
+    item: str
+    stage: str
+    code: str
+    cause: str
+    retryable: bool
+    attempts: int
+
+
+# --- records and Arrow -----------------------------------------------------------------------
+
+R = TypeVar("R")
+
+SCHEMA_VERSION: typing.Final = 1
+
+
+class _ArrowTypes:
+    scalars: ClassVar[dict[type, str]] = {
+        str: "string",
+        int: "int64",
+        float: "float64",
+        bool: "bool_",
+    }
+
+
+def _arrow_type(annotation: Any) -> tuple[pa.DataType, bool]:  # noqa: ANN401 - a type expression
+    """The Arrow type of a field's annotation, and whether it may be null."""
+    import pyarrow as pa
+
+    origin = typing.get_origin(annotation)
+    if origin in (Union, types.UnionType):
+        (inner,) = (a for a in typing.get_args(annotation) if a is not type(None))
+        return _arrow_type(inner)[0], True
+    if origin is Literal:
+        return pa.string(), False
+    if origin is tuple:
+        return pa.list_(_arrow_type(typing.get_args(annotation)[0])[0]), False
+    return getattr(pa, _ArrowTypes.scalars[annotation])(), False
+
+
+def arrow_schema(record_type: type) -> pa.Schema:
+    """The Arrow schema of a record type, with its name and schema version as metadata."""
+    import pyarrow as pa
+
+    hints = typing.get_type_hints(record_type)
+    fields = []
+    for field in dataclasses.fields(record_type):
+        arrow_type, nullable = _arrow_type(hints[field.name])
+        fields.append(pa.field(field.name, arrow_type, nullable=nullable))
+    metadata: dict[bytes | str, bytes | str] = {
+        "kpmask_record": record_type.__name__,
+        "kpmask_schema": str(SCHEMA_VERSION),
+    }
+    return pa.schema(fields, metadata=metadata)
+
+
+def to_table(
+    records: Iterable[R], record_type: type[R], metadata: Mapping[str, str] | None = None
+) -> pa.Table:
+    """Records as an Arrow table; `metadata` (a settings digest, say) is added to the schema's."""
+    import pyarrow as pa
+
+    schema = arrow_schema(record_type)
+    if metadata:
+        schema = schema.with_metadata({**(schema.metadata or {}), **metadata})
+    names = schema.names
+    rows = [{name: getattr(record, name) for name in names} for record in records]
+    return pa.Table.from_pylist(rows, schema=schema)
+
+
+def from_table(table: pa.Table, record_type: type[R]) -> list[R]:
+    """The records of an Arrow table.
+
+    Raises:
+        ValueError: the table was written for another record type, or lacks a column.
+    """
+    written_for = (table.schema.metadata or {}).get(b"kpmask_record", b"").decode()
+    if written_for != record_type.__name__:
+        raise ValueError(f"a table of {written_for or 'unknown'}, not of {record_type.__name__}")
+    names = arrow_schema(record_type).names
+    missing = sorted(set(names) - set(table.column_names))
+    if missing:
+        raise ValueError(f"columns missing: {', '.join(missing)}")
+    return [
+        record_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
+        for row in table.select(names).to_pylist()
+    ]
+
+
+def as_dict(record: Any) -> dict[str, Any]:  # noqa: ANN401 - any record above
+    """A record as a JSON-ready dict."""
+    return dataclasses.asdict(record)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a stage is; `message` is for people (a loss, a failure count)."""
+
+    stage: str
+    done: int
+    total: int
+    message: str = ""
