@@ -68,10 +68,12 @@ def progress_bars(*, quiet: bool = False) -> Iterator[Callable[[Progress], None]
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
-        Progress as Bars,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
+    )
+    from rich.progress import (
+        Progress as Bars,
     )
 
     console = Console(stderr=True, quiet=quiet)
@@ -127,7 +129,10 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(r[i]) for r in (columns, *rows)) for i in range(len(columns))]
 
     def line(cells: Sequence[str]) -> str:
-        aligned = [c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+        aligned = [
+            c.rjust(w) if i else c.ljust(w)
+            for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+        ]
         return "  ".join(aligned).rstrip()
 
     return "\n".join([line(columns), "  ".join("-" * w for w in widths), *map(line, rows)])

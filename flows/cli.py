@@ -1,0 +1,471 @@
+"""The `kpmask` command. Only what `--help` needs is imported at the top: it answers at once.
+
+Single-pair `animate`, `report`, `checkpoint` and `doctor` need neither Prefect nor Ray; the jobs
+run as Prefect flows, in this process and without a server unless PREFECT_API_URL names one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import kpmask
+from flows import console
+from kpmask import config
+
+app = typer.Typer(
+    cls=console.GuardedGroup,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=(
+        "Animate still images with the motion of a driving video: cut datasets, train, animate "
+        "catalogs, evaluate.\n\nStart with: kpmask demo"
+    ),
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kpmask {kpmask.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Options of the command itself."""
+
+
+checkpoint_app = typer.Typer(no_args_is_help=True, help="Look at weights, or import original ones.")
+app.add_typer(checkpoint_app, name="checkpoint")
+
+Out = Annotated[str, typer.Option("--out", help="Folder or s3://bucket/prefix for the output.")]
+Preset = Annotated[
+    str | None, typer.Option("--preset", help="A preset's name, or the path of a TOML file.")
+]
+JobFile = Annotated[
+    str | None, typer.Option("--job", help="A TOML file with settings, over the preset's.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one setting; may be repeated."),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the resolved job and what would be done.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def _say_plan(job: config.Part, plan: Any, *, as_json: bool) -> None:  # noqa: ANN401
+    """The answer to --dry-run: the job as resolved, and what would be done."""
+    import tomli_w
+
+    resolved = job.model_dump(mode="json", exclude={"download": {"cookies_file", "proxy"}})
+    console.show(
+        {"job": resolved, "plan": plan},
+        as_json=as_json,
+        lines=[tomli_w.dumps(_without_none(resolved)), "# would do: " + str(plan)],
+    )
+
+
+def _without_none(value: Any) -> Any:  # noqa: ANN401 - plain data
+    """TOML has no null: leave out what is not set."""
+    if isinstance(value, dict):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list):
+        return [_without_none(v) for v in value]
+    return value
+
+
+def _workers(count: int | None) -> dict[str, Any] | None:
+    return None if count is None else {"num_workers": count}
+
+
+@app.command()
+def preprocess(
+    out: Out,
+    metadata: Annotated[
+        str | None,
+        typer.Option(help="CSV: video_id,start,end,bbox,fps,width,height,partition[,person_id]."),
+    ] = None,
+    videos: Annotated[
+        str | None, typer.Option(help="Folder or glob of your own videos, instead of metadata.")
+    ] = None,
+    raw: Annotated[
+        str | None, typer.Option(help="Folder or s3:// of raw videos; what lacks is downloaded.")
+    ] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="shards, or folders (the original research code's layout).")
+    ] = None,
+    preset: Preset = None,
+    job: JobFile = None,
+    overrides: Overrides = None,
+    workers: Annotated[int | None, typer.Option(help="Ray workers; default one a CPU.")] = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Cut raw videos into a dataset of clips.
+
+    Examples:
+
+        kpmask preprocess --metadata taichi.csv --raw videos --out data/taichi --preset taichi256
+
+        kpmask preprocess --videos 'my-videos/*.mp4' --out s3://bucket/mine --set clips.size_px=64
+    """
+    resolved = config.resolve_job(
+        config.PreprocessJob,
+        preset=preset,
+        job_file=job,
+        overrides=overrides or (),
+        flags={
+            "out": out,
+            "metadata": metadata,
+            "videos": videos,
+            "raw": raw,
+            "storage": None if layout is None else {"layout": layout},
+            "cluster": _workers(workers),
+        },
+    )
+    from flows import jobs
+
+    if dry_run:
+        _say_plan(resolved, jobs.plan_preprocess(resolved), as_json=as_json)
+        return
+    manifest = jobs.run_preprocess(resolved, quiet=as_json)
+    lines = [
+        f"{manifest.num_train} train and {manifest.num_test} test clips, "
+        f"{manifest.num_frames} frames; {manifest.num_failures} failures",
+        f"dataset: {manifest.uri}",
+    ]
+    console.show(jobs.as_result(manifest), as_json=as_json, lines=lines)
+
+
+@app.command()
+def train(
+    data: Annotated[str, typer.Option(help="A dataset that `kpmask preprocess` made.")],
+    out: Out,
+    preset: Preset = None,
+    job: JobFile = None,
+    overrides: Overrides = None,
+    workers: Annotated[int | None, typer.Option(help="Training processes.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="End every phase after so many.")] = None,
+    resume: Annotated[
+        bool | None, typer.Option("--resume/--no-resume", help="Go on where the run stopped.")
+    ] = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a keypoint detector, then the mask-and-generate model on it.
+
+    Examples:
+
+        kpmask train --preset taichi256 --data data/taichi --out runs/taichi --workers 4
+
+        kpmask train --preset debug --data data/mine --out runs/try --set seed=1
+    """
+    resolved = config.resolve_job(
+        config.TrainJob,
+        preset=preset,
+        job_file=job,
+        overrides=overrides or (),
+        flags={"data": data, "out": out, "num_workers": workers, "resume": resume},
+    )
+    if max_steps is not None:
+        phases = [phase.model_copy(update={"max_steps": max_steps}) for phase in resolved.phases]
+        resolved = resolved.model_copy(update={"phases": tuple(phases)})
+        resolved = config.validated(config.TrainJob, resolved.model_dump(mode="json"))
+    from flows import jobs
+
+    if dry_run:
+        _say_plan(resolved, [phase.name for phase in resolved.phases], as_json=as_json)
+        return
+    manifest = jobs.run_train(resolved, quiet=as_json)
+    lines = [
+        f"{manifest.system}: {manifest.num_steps} steps, final loss {manifest.final_loss:.4f} "
+        f"(perceptual features: {manifest.perceptual})",
+        f"run: {manifest.uri}",
+    ]
+    console.show(jobs.as_result(manifest), as_json=as_json, lines=lines)
+
+
+@app.command()
+def animate(
+    checkpoint: Annotated[str, typer.Option(help="A weights file of `train` or `import`.")],
+    out: Annotated[str, typer.Option(help="A .mp4 file for one pair, else a folder or s3://.")],
+    source: Annotated[str | None, typer.Option(help="One image.")] = None,
+    driving: Annotated[str | None, typer.Option(help="One video.")] = None,
+    catalog: Annotated[
+        str | None, typer.Option(help="CSV or Parquet: source,driving[,name,motion,...].")
+    ] = None,
+    sources: Annotated[
+        str | None, typer.Option(help="Glob of images, each with each video.")
+    ] = None,
+    drivings: Annotated[str | None, typer.Option(help="Glob of videos.")] = None,
+    motion: Annotated[str | None, typer.Option(help="absolute or relative.")] = None,
+    adapt_scale: Annotated[
+        bool | None, typer.Option(help="Scale relative motion to the source's size.")
+    ] = None,
+    best_frame: Annotated[
+        bool | None, typer.Option(help="Relative motion from the frame most like the source.")
+    ] = None,
+    audio: Annotated[bool | None, typer.Option(help="Copy the driving video's audio.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    preset: Preset = None,
+    job: JobFile = None,
+    overrides: Overrides = None,
+    workers: Annotated[int | None, typer.Option(help="Ray workers; default one a CPU.")] = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Animate one image by one video, or a catalog of them.
+
+    Examples:
+
+        kpmask animate --checkpoint w.safetensors --source me.jpg --driving dance.mp4 --out out.mp4
+
+        kpmask animate --checkpoint w.safetensors --catalog pairs.csv --out s3://bucket/shop
+
+        kpmask animate --checkpoint w.safetensors --sources 'i/*.png' --drivings 'v/*.mp4' --out g
+    """
+    resolved = config.resolve_job(
+        config.AnimateJob,
+        preset=preset,
+        job_file=job,
+        overrides=overrides or (),
+        flags={
+            "checkpoint": checkpoint,
+            "out": out,
+            "source": source,
+            "driving": driving,
+            "catalog": catalog,
+            "sources": sources,
+            "drivings": drivings,
+            "motion": motion,
+            "adapt_scale": adapt_scale,
+            "best_frame": best_frame,
+            "audio": audio,
+            "device": device,
+            "cluster": _workers(workers),
+        },
+    )
+    from flows import jobs
+
+    if dry_run:
+        _say_plan(resolved, jobs.plan_animate(resolved), as_json=as_json)
+        return
+    if resolved.source is not None:
+        video = jobs.run_animate_pair(resolved, quiet=as_json)
+        lines = [f"{resolved.out}: {video.num_frames} frames at {video.fps:g} frames/s"]
+        console.show(jobs.as_result(video), as_json=as_json, lines=lines)
+        return
+    manifest = jobs.run_animate(resolved, quiet=as_json)
+    lines = [
+        f"{manifest.num_items} animations, {manifest.num_frames} frames; "
+        f"{manifest.num_failures} failures",
+        f"gallery: {manifest.uri}/index.html",
+    ]
+    console.show(jobs.as_result(manifest), as_json=as_json, lines=lines)
+
+
+@app.command()
+def evaluate(
+    out: Out,
+    checkpoint: Annotated[str | None, typer.Option(help="A weights file, with --data.")] = None,
+    data: Annotated[str | None, typer.Option(help="A dataset with a test split.")] = None,
+    generated: Annotated[
+        str | None, typer.Option(help="A folder of videos, with --reference.")
+    ] = None,
+    reference: Annotated[str | None, typer.Option(help="The videos that they should be.")] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="Comma-separated: l1,l1_with_first,l1_moving,ssim.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    preset: Preset = None,
+    job: JobFile = None,
+    overrides: Overrides = None,
+    workers: Annotated[int | None, typer.Option(help="Ray workers; default one a CPU.")] = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Score a checkpoint on a test split, or one folder of videos against another.
+
+    Examples:
+
+        kpmask evaluate --checkpoint w.safetensors --data data/taichi --out scores
+
+        kpmask evaluate --generated made --reference wanted --metrics l1,ssim --out scores
+    """
+    resolved = config.resolve_job(
+        config.EvaluateJob,
+        preset=preset,
+        job_file=job,
+        overrides=overrides or (),
+        flags={
+            "checkpoint": checkpoint,
+            "data": data,
+            "generated": generated,
+            "reference": reference,
+            "out": out,
+            "metrics": None if metrics is None else metrics.split(","),
+            "device": device,
+            "cluster": _workers(workers),
+        },
+    )
+    from flows import jobs
+
+    if dry_run:
+        _say_plan(resolved, list(resolved.metrics), as_json=as_json)
+        return
+    scores = jobs.run_evaluate(resolved, quiet=as_json)
+    console.show(jobs.as_result(scores), as_json=as_json, lines=jobs.score_lines(scores))
+
+
+@app.command()
+def demo(
+    out: Annotated[str, typer.Option("--out", help="Folder for everything that it makes.")] = (
+        "demo-out"
+    ),
+    open_page: Annotated[bool, typer.Option("--open", help="Open the page when done.")] = False,
+    preset: Annotated[str, typer.Option("--preset", help="What to train.")] = "demo",
+    as_json: AsJson = False,
+) -> None:
+    """Generate videos and run all four jobs on them: about five minutes on two cores.
+
+    Examples:
+
+        kpmask demo
+
+        kpmask demo --out /tmp/demo --open
+    """
+    from flows import jobs
+
+    page = jobs.run_demo(Path(out), preset=preset, quiet=as_json)
+    console.show({"page": str(page)}, as_json=as_json, lines=[f"Look at: {page.as_uri()}"])
+    if open_page:
+        typer.launch(page.as_uri())
+
+
+@app.command()
+def report(
+    uri: Annotated[str, typer.Argument(help="A dataset, run, animation or evaluation.")],
+) -> None:
+    """Write the page of a finished job again from its manifests.
+
+    Examples:
+
+        kpmask report runs/taichi
+    """
+    from flows import jobs
+
+    typer.echo(jobs.rebuild_page(uri))
+
+
+@checkpoint_app.command("info")
+def checkpoint_info(
+    file: Annotated[Path, typer.Argument(help="A weights file.")], as_json: AsJson = False
+) -> None:
+    """What a weights file holds.
+
+    Examples:
+
+        kpmask checkpoint info weights.safetensors
+    """
+    from kpmask.checkpoint import describe
+
+    found = describe(file)
+    console.show(found, as_json=as_json, lines=[f"{k}: {v}" for k, v in found.items()])
+
+
+@checkpoint_app.command("import")
+def checkpoint_import(
+    src: Annotated[Path, typer.Argument(help="An original .pth.tar file.")],
+    out: Annotated[Path, typer.Option("--out", help="The weights file to write.")],
+    system: Annotated[
+        str | None, typer.Option(help="fomm or keypoint-mask; default: by what the file holds.")
+    ] = None,
+    config_file: Annotated[
+        Path | None, typer.Option("--config", help="The original YAML configuration.")
+    ] = None,
+    kp_detector: Annotated[
+        Path | None, typer.Option(help="Take the keypoint detector from this file instead.")
+    ] = None,
+    mask: Annotated[
+        str | None, typer.Option(help="heatmap, circles or softmax; default: by the config.")
+    ] = None,
+) -> None:
+    """Read an original FOMM or keypoint-mask checkpoint; refuse anything left over or missing.
+
+    Examples:
+
+        kpmask checkpoint import vox-cpk.pth.tar --out vox.safetensors
+
+        kpmask checkpoint import 00000099-checkpoint.pth.tar --config q.yaml --out q.safetensors
+    """
+    from kpmask.upstream import import_checkpoint
+
+    found = import_checkpoint(
+        src, out, system=system, config=config_file, kp_detector=kp_detector, mask=mask
+    )
+    typer.echo(f"{out}: {found}")
+
+
+@app.command()
+def deploy(
+    cron: Annotated[str, typer.Option(help="When to preprocess.")] = "0 3 * * *",
+    pool: Annotated[str, typer.Option(help="The work pool that runs it.")] = "kpmask",
+    job: JobFile = None,
+    preset: Preset = None,
+    overrides: Overrides = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Run due jobs in this process; needs no worker.")
+    ] = False,
+) -> None:
+    """Register the four jobs as Prefect deployments, preprocessing on a schedule.
+
+    Examples:
+
+        kpmask deploy --job nightly.toml --cron '0 3 * * *'    (with PREFECT_API_URL set)
+    """
+    from flows import jobs
+
+    for line in jobs.deploy(
+        cron=cron, pool=pool, preset=preset, job_file=job, overrides=overrides or (), serve=serve
+    ):
+        typer.echo(line)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """What this machine has, what is missing, and how to mend it.
+
+    Examples:
+
+        kpmask doctor
+    """
+    from dataclasses import asdict
+
+    from flows.doctor import run_checks
+
+    checks = run_checks()
+    marks = {"ok": "ok  ", "note": "note", "bad": "BAD "}
+    lines = []
+    for check in checks:
+        lines.append(f"{marks[check.verdict]}  {check.name:<14} {check.found}")
+        if check.mend:
+            lines.append(f"      {'':<14} -> {check.mend}")
+    console.show([asdict(c) for c in checks], as_json=as_json, lines=lines)
+    if any(check.verdict == "bad" for check in checks):
+        raise typer.Exit(console.EXIT_FAILED)
+
+
+def main() -> None:
+    """The entry point of the `kpmask` command."""
+    app(prog_name="kpmask")
