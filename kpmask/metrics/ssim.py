@@ -1,0 +1,70 @@
+"""Structural similarity (Wang et al. 2004).
+
+The 11x11 Gaussian of the paper (sigma 1.5), population covariance, data range 1, mean over the
+three channels and over the pixels whose window lies inside the frame: what scikit-image computes
+with `gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1`. Its default
+7x7 window gives other numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+RADIUS_PX = 5
+SIGMA_PX = 1.5
+C1, C2 = 0.01**2, 0.03**2
+
+
+@dataclass(frozen=True)
+class Ssim:
+    """Mean SSIM of a frame, in [-1, 1]; 1 is equal."""
+
+    name: ClassVar[str] = "ssim"
+    counts_first: ClassVar[bool] = False
+    version: ClassVar[str] = "1"
+    weights_sha256: ClassVar[str | None] = None
+    licence: ClassVar[str] = "Apache-2.0"
+    higher_is_better: ClassVar[bool] = True
+
+    def per_frame(
+        self, generated_TCHW: Tensor, reference_TCHW: Tensor, source_CHW: Tensor
+    ) -> NDArray[np.float64]:
+        values_T = ssim(generated_TCHW.double(), reference_TCHW.double())
+        return values_T.cpu().numpy()
+
+
+def ssim(a_TCHW: Tensor, b_TCHW: Tensor) -> Tensor:
+    """The SSIM of each pair of images (T), which have values in [0, 1].
+
+    Raises:
+        ValueError: an image is smaller than the window.
+    """
+    side_px = 2 * RADIUS_PX + 1
+    if min(a_TCHW.shape[-2:]) < side_px:
+        raise ValueError(f"SSIM needs images of {side_px} px or more, not {tuple(a_TCHW.shape)}")
+    mean_a, mean_b = _blur(a_TCHW), _blur(b_TCHW)
+    variance_a = _blur(a_TCHW * a_TCHW) - mean_a**2
+    variance_b = _blur(b_TCHW * b_TCHW) - mean_b**2
+    covariance = _blur(a_TCHW * b_TCHW) - mean_a * mean_b
+    luminance = (2 * mean_a * mean_b + C1) / (mean_a**2 + mean_b**2 + C1)
+    structure = (2 * covariance + C2) / (variance_a + variance_b + C2)
+    return (luminance * structure).flatten(1).mean(1)
+
+
+def _blur(image_TCHW: Tensor) -> Tensor:
+    """Gaussian means of all windows that lie inside the image, one axis after the other."""
+    offset = torch.arange(-RADIUS_PX, RADIUS_PX + 1, dtype=image_TCHW.dtype)
+    weight = torch.exp(-(offset**2) / (2 * SIGMA_PX**2)).to(image_TCHW.device)
+    weight = weight / weight.sum()
+    channels = image_TCHW.shape[1]
+    row = weight.expand(channels, 1, 1, -1)
+    return F.conv2d(
+        F.conv2d(image_TCHW, row, groups=channels), row.transpose(2, 3), groups=channels
+    )
