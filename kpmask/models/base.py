@@ -12,13 +12,17 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from kpmask.config import FommModel, KeypointMaskModel, Losses
 from kpmask.errors import ConfigError
 from kpmask.records import Motion
+
+if TYPE_CHECKING:
+    from kpmask.losses import PerceptualLoss
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,29 @@ class LossTerms:
         return torch.stack(list(self.terms.values())).sum()
 
 
+@dataclass(frozen=True)
+class Objective:
+    """What a system in training minimises; not a module, so that it is no part of its weights."""
+
+    losses: Losses
+    perceptual: PerceptualLoss | None
+
+    def image_terms(self, generated_BCHW: dict[str, Tensor], real_BCHW: Tensor) -> LossTerms:
+        """Weighted image losses of each named prediction, as `perceptual<name>`, `pixel<name>`."""
+        terms = {}
+        if self.perceptual is not None and self.losses.perceptual:
+            # The real image's features serve every prediction.
+            target = self.perceptual.features(real_BCHW)
+            for name, image_BCHW in generated_BCHW.items():
+                distance = self.perceptual.distance(image_BCHW, target)
+                terms[f"perceptual{name}"] = self.losses.perceptual * distance
+        if self.losses.pixel:
+            for name, image_BCHW in generated_BCHW.items():
+                distance = (image_BCHW - real_BCHW).abs().mean()
+                terms[f"pixel{name}"] = self.losses.pixel * distance
+        return LossTerms(terms)
+
+
 S = TypeVar("S", bound=State)
 D = TypeVar("D", bound=State)
 
@@ -104,7 +131,13 @@ class AnimationSystem(nn.Module, ABC, Generic[S, D]):
     """One way to animate. `motions` names the ways of motion transfer that it supports."""
 
     motions: ClassVar[frozenset[Motion]] = frozenset({"absolute"})
-    image_size_px: int
+    config: FommModel | KeypointMaskModel
+    _objective: Objective | None = None
+
+    @property
+    def image_size_px(self) -> int:
+        """The side of the square images that it takes and draws."""
+        return self.config.image_size_px
 
     @abstractmethod
     def encode_source(self, source_BCHW: Tensor) -> S:
@@ -136,3 +169,30 @@ class AnimationSystem(nn.Module, ABC, Generic[S, D]):
     @abstractmethod
     def training_losses(self, batch: Batch) -> LossTerms:
         """The weighted losses of a batch; what `forward` returns under DistributedDataParallel."""
+
+    def set_losses(self, losses: Losses, perceptual: PerceptualLoss | None) -> None:
+        """Choose what training minimises. No part of the weights; `perceptual` is not moved.
+
+        Raises:
+            ConfigError: no image loss is left, or the smallest scale is too small for the features.
+        """
+        perceptual = perceptual if losses.perceptual else None
+        if perceptual is None and not losses.pixel:
+            raise ConfigError(
+                "without perceptual features it must be above 0, or no image loss is left",
+                subject="losses.pixel",
+            )
+        if perceptual is not None:
+            perceptual.check_size(self.image_size_px)
+        self._objective = Objective(losses, perceptual)
+
+    @property
+    def objective(self) -> Objective:
+        """What `set_losses` chose."""
+        if self._objective is None:
+            raise ConfigError("set_losses comes before training_losses", subject="losses")
+        return self._objective
+
+    def forward(self, batch: Batch) -> LossTerms:
+        """`training_losses`: what DistributedDataParallel wraps."""
+        return self.training_losses(batch)
