@@ -157,5 +157,13 @@ class StorageError(KpmaskError):
 
 
 class RunFailed(KpmaskError):
-    codes = frozenset({"too_many_failures", "no_output", "training_failed", "busy"})
+    codes = frozenset(
+        {
+            "too_many_failures",
+            "no_output",
+            "training_failed",
+            "busy",
+            "server_unavailable",
+        }
+    )
     default_code = "too_many_failures"
