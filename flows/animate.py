@@ -1,0 +1,51 @@
+"""A catalog of images and driving videos -> animations."""
+
+from __future__ import annotations
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+
+from flows import artifacts, engine
+from kpmask.config import AnimateJob
+from kpmask.records import CatalogManifest
+from tasks.animate import animate_catalog
+
+
+@task(
+    name="animate",
+    retries=engine.STAGE_RETRIES,
+    retry_delay_seconds=engine.STAGE_RETRY_DELAYS_S,
+    retry_condition_fn=engine.worth_retrying,
+    timeout_seconds=7 * engine.DAY_S,
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
+def animate_stage(job: AnimateJob) -> CatalogManifest:
+    return animate_catalog(job, on_progress=engine.StageProgress())
+
+
+def publish_catalog(catalog: CatalogManifest) -> None:
+    artifacts.publish(
+        "animate",
+        catalog.uri,
+        {
+            "animations": catalog.num_items,
+            "frames": catalog.num_frames,
+            "failures": catalog.num_failures,
+            "weights": catalog.weights_sha256,
+            "settings": catalog.settings_digest,
+        },
+        files=("index.html", "manifest.parquet", "failures.parquet", "summary.json"),
+    )
+
+
+@flow(
+    name="animate",
+    description="Animate a catalog of images by driving videos.",
+    flow_run_name="animate {job.out}",
+    persist_result=False,
+)
+def animate_flow(job: AnimateJob) -> CatalogManifest:
+    catalog = animate_stage(job)
+    publish_catalog(catalog)
+    return engine.finished(catalog)

@@ -1,0 +1,127 @@
+"""What a run leaves in Prefect's UI: a report, a table of failures by code, a link to the page.
+
+Artifacts are for looking at. Whatever matters is in the store, so a server that cannot be reached
+costs the artifacts and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_table_artifact,
+)
+
+from flows.engine import API_ERRORS, artifact_key, run_logger
+from kpmask.errors import StorageError
+from kpmask.records import Failure
+from tasks.manifest import read_table_if_any
+from tasks.storage import open_store
+
+PAGE = "index.html"
+FAILURES = "failures.parquet"
+
+
+def publish(
+    job: str, uri: str, counts: Mapping[str, object], *, files: Sequence[str] = (PAGE,)
+) -> None:
+    """Leave the report, the failures and the page of a finished job in Prefect.
+
+    Args:
+        job: the job's name; it starts the artifacts' keys.
+        uri: where the job's output is.
+        counts: what the report's table says, in its order.
+        files: names under `uri` that the report links to.
+    """
+    failures = _failures(uri)
+    _leave(
+        create_markdown_artifact,
+        key=artifact_key(job, "report"),
+        markdown=report(job, uri, counts, files=files, failures=failures),
+        description=f"What {job} made",
+    )
+    if failures:
+        _leave(
+            create_table_artifact,
+            key=artifact_key(job, "failures"),
+            table=failure_table(failures),
+            description="Items that could not be done, by code",
+        )
+    _leave(
+        create_link_artifact,
+        key=artifact_key(job, "page"),
+        link=link(uri, PAGE),
+        link_text=f"{job}: {uri}",
+        description="The page with pictures",
+    )
+
+
+def report(
+    job: str,
+    uri: str,
+    counts: Mapping[str, object],
+    *,
+    files: Sequence[str] = (),
+    failures: Sequence[Failure] = (),
+) -> str:
+    """A finished job as Markdown."""
+    lines = [f"# {job}", "", f"`{uri}`", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {_cell(value)} |" for name, value in counts.items()]
+    if failures:
+        lines += ["", "| failure | items |", "|---|---|"]
+        lines += [f"| {row['code']} | {row['items']} |" for row in failure_table(failures)]
+    if files:
+        lines += ["", *(f"- [{name}]({link(uri, name)})" for name in files)]
+    return "\n".join(lines) + "\n"
+
+
+def failure_table(failures: Iterable[Failure]) -> list[dict[str, Any]]:
+    """One row for each code, the commonest first, with one example."""
+    examples: dict[str, Failure] = {}
+    counts: Counter[str] = Counter()
+    for failure in failures:
+        examples.setdefault(failure.code, failure)
+        counts[failure.code] += 1
+    ordered = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
+    return [
+        {
+            "code": code,
+            "items": count,
+            "stage": examples[code].stage,
+            "example": examples[code].item,
+            "cause": examples[code].cause,
+        }
+        for code, count in ordered
+    ]
+
+
+def link(uri: str, name: str) -> str:
+    """The address of `name` under `uri`; a folder's becomes a file:// address."""
+    if "://" in uri:
+        return f"{uri.rstrip('/')}/{name}"
+    return (Path(uri).absolute() / name).as_uri()
+
+
+def _cell(value: object) -> str:
+    text = f"{value:,}" if isinstance(value, int) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _failures(uri: str) -> list[Failure]:
+    try:
+        return read_table_if_any(open_store(uri), FAILURES, Failure)
+    except StorageError as error:
+        run_logger().warning("the failures cannot be shown: %s", error)
+        return []
+
+
+def _leave(create: Callable[..., object], **artifact: Any) -> None:  # noqa: ANN401
+    try:
+        create(**artifact)
+    except API_ERRORS as error:
+        run_logger().warning("%s could not be left in Prefect: %s", artifact["key"], error)
