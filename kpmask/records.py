@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Partition = Literal["train", "test"]
 Motion = Literal["absolute", "relative"]
+Method = Literal["model", "copy"]
 
 
 def digest(value: Any) -> str:  # noqa: ANN401 - any JSON value
@@ -267,29 +268,76 @@ class CatalogManifest:
 
 @dataclass(frozen=True, slots=True)
 class VideoScore:
-    """One metric of one video. `num_frames` is how many frames it is the mean of."""
+    """One metric of one video. `num_frames` is how many frames it is the mean of.
+
+    `method` is `model` for the frames under test and `copy` for the baseline that repeats frame 0.
+    """
 
     clip_id: str
     name: str
     metric: str
+    method: Method
     value: float
     num_frames: int
 
 
 @dataclass(frozen=True, slots=True)
-class ScoreSummary:
-    """One metric over all videos.
+class ClipScores:
+    """All scores of one video, entry by entry: how a worker hands them over."""
 
-    `mean` is the mean of per-video means; `pooled` the mean over all frames of all videos, as the
-    papers' code has it (longer videos weigh more).
+    clip_id: str
+    name: str
+    metrics: tuple[str, ...]
+    methods: tuple[str, ...]
+    values: tuple[float, ...]
+    num_frames: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreSummary:
+    """One metric of one method over all videos.
+
+    `mean` and `std` are over the per-video means; `pooled` is the mean over all frames of all
+    videos, as the papers' code has it (longer videos weigh more).
     """
 
     metric: str
+    method: Method
     mean: float
     std: float
     pooled: float
     num_videos: int
     num_frames: int
+
+
+@dataclass(frozen=True, slots=True)
+class MetricInfo:
+    """What a metric's numbers were made with; numbers compare only where all of it agrees."""
+
+    name: str
+    version: str
+    weights_sha256: str | None
+    licence: str
+    higher_is_better: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreTable:
+    """What a finished evaluation found; its `summary.json`.
+
+    `dataset_id`, `weights_sha256` and `perceptual` (the features that the model was trained
+    against) are empty where two folders were compared.
+    """
+
+    uri: str
+    settings_digest: str
+    dataset_id: str
+    weights_sha256: str
+    perceptual: str
+    num_videos: int
+    num_failures: int
+    metrics: tuple[MetricInfo, ...]
+    summaries: tuple[ScoreSummary, ...]
 
 
 # --- every job -------------------------------------------------------------------------------
