@@ -598,3 +598,28 @@ def _inner_part(annotation: Any) -> type[Part] | None:  # noqa: ANN401 - a type 
         return annotation
     found = [_inner_part(a) for a in typing.get_args(annotation)]
     return next((f for f in found if f), None)
+
+
+def to_toml(tables: Mapping[str, Any]) -> str:
+    """Plain data as TOML in a preset's form, so that a run's own settings can be run again.
+
+    None is left out, since TOML has no such value and a missing key means the same here.
+    """
+    return "".join(_toml_table(value, [name]) for name, value in tables.items()).lstrip("\n")
+
+
+def _toml_table(table: Mapping[str, Any], path: Sequence[str], *, item: bool = False) -> str:
+    """A table and those within it; its own values come first, as TOML wants them."""
+    head = ".".join(path)
+    lines = ["", f"[[{head}]]" if item else f"[{head}]"]
+    inner = []
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            inner.append(_toml_table(value, [*path, key]))
+        elif isinstance(value, list | tuple) and value and isinstance(value[0], Mapping):
+            inner += [_toml_table(v, [*path, key], item=True) for v in value]
+        elif value is not None:
+            # JSON's strings (but for DEL), numbers, booleans and lists of them are TOML's, too.
+            text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+            lines.append(f"{key} = {text}")
+    return "\n".join(lines) + "\n" + "".join(inner)
