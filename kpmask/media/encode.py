@@ -1,0 +1,204 @@
+"""Frames to an H.264 file that every browser plays.
+
+- yuv420p, BT.709 in limited range and tagged so, index at the front (`+faststart`).
+- yuv420p has even sides: odd ones are padded by repeating the last row or column.
+- One encoder thread and no dates: equal frames give equal bytes.
+- Written beside, read back, then renamed: a file under the wanted name is whole.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import secrets
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import av.error
+import numpy as np
+from av.video.frame import VideoFrame
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
+from av.video.stream import VideoStream
+from numpy.typing import NDArray
+
+from kpmask.errors import MediaError, StorageError
+from kpmask.media.decode import as_rate
+from kpmask.records import EncodedVideo
+
+# EFBIG is a file-size limit of the user or file system: for the caller the same as a full disk.
+_NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+def encode(
+    path: Path,
+    frames: Iterable[NDArray[np.uint8]],
+    *,
+    fps: Fraction | float,
+    crf: int = 18,
+    preset: str = "veryfast",
+) -> EncodedVideo:
+    """Write uint8 HWC RGB frames of one size to an MP4 file.
+
+    Args:
+        path: is replaced where it exists; its folder must.
+        frames: are taken one at a time. Whatever they raise leaves no file behind.
+        fps: a float is taken as the usual rate next to it (29.97 as 30000/1001).
+        crf: x264's quality, 0 (lossless) to 51.
+        preset: x264's.
+
+    Raises:
+        MediaError: no_frames, or encode_failed.
+        StorageError: no_space.
+        ValueError: a frame of another shape or type.
+    """
+    rate = fps if isinstance(fps, Fraction) else as_rate(fps)
+    with written_beside(path) as beside:
+        try:
+            num_frames = _write(beside, frames, rate, {"crf": str(crf), "preset": preset})
+        except av.error.FFmpegError as error:
+            raise encode_error(error, path) from error
+        return verify(beside, num_frames=num_frames, subject=path.name)
+
+
+@contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """A temporary name in the folder of `path`; what is there becomes `path` on success.
+
+    Raises:
+        StorageError: no_space, denied.
+    """
+    beside = path.with_name(f".tmp-{secrets.token_hex(8)}{path.suffix}")
+    try:
+        yield beside
+        try:
+            with beside.open("rb") as file:
+                os.fsync(file.fileno())
+            beside.replace(path)
+        except OSError as error:
+            raise storage_error(error, path) from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def storage_error(error: OSError, path: Path) -> StorageError:
+    """What a failed write means for the store."""
+    if error.errno in _NO_SPACE:
+        return StorageError("no space left to write it", subject=path.name, code="no_space")
+    cause = error.strerror or str(error)
+    return StorageError(f"it cannot be written: {cause}", subject=path.name, code="denied")
+
+
+def encode_error(error: av.error.FFmpegError, path: Path) -> MediaError | StorageError:
+    """What a failure of libav's while writing means."""
+    if isinstance(error, OSError):
+        return storage_error(error, path)
+    return MediaError(f"encoding failed: {error}", subject=path.name, code="encode_failed")
+
+
+def _write(
+    path: Path, frames: Iterable[NDArray[np.uint8]], rate: Fraction, options: dict[str, str]
+) -> int:
+    """Encode into `path`; the number of frames."""
+    iterator = iter(frames)
+    first_HWC = next(iterator, None)
+    if first_HWC is None:
+        raise MediaError("there is no frame to encode", subject=path.name, code="no_frames")
+    muxing = {"movflags": "+faststart", "fflags": "+bitexact"}
+    with av.open(f"file:{path.absolute()}", "w", format="mp4", options=muxing) as container:
+        stream = container.add_stream("libx264", rate=rate, options=options)
+        _set_up(stream, first_HWC.shape, rate)
+        num_frames = 0
+        for image_HWC in _chained(first_HWC, iterator):
+            frame = _yuv(image_HWC, first_HWC.shape)
+            frame.pts, frame.time_base = num_frames, 1 / rate
+            container.mux(stream.encode(frame))
+            num_frames += 1
+        container.mux(stream.encode(None))
+    return num_frames
+
+
+def _chained(
+    first_HWC: NDArray[np.uint8], rest: Iterator[NDArray[np.uint8]]
+) -> Iterator[NDArray[np.uint8]]:
+    yield first_HWC
+    yield from rest
+
+
+def _set_up(stream: VideoStream, shape: tuple[int, ...], rate: Fraction) -> None:
+    context = stream.codec_context
+    stream.height, stream.width = shape[0] + shape[0] % 2, shape[1] + shape[1] % 2
+    stream.pix_fmt = "yuv420p"
+    context.time_base = 1 / rate
+    context.thread_count = 1  # the number of threads shapes the bytes
+    context.color_primaries = ColorPrimaries.BT709
+    context.color_trc = ColorTrc.BT709
+    context.colorspace = Colorspace.ITU709
+    context.color_range = ColorRange.MPEG
+
+
+def _yuv(image_HWC: NDArray[np.uint8], shape: tuple[int, ...]) -> VideoFrame:
+    if image_HWC.dtype != np.uint8 or image_HWC.shape != shape or shape[2:] != (3,):
+        raise ValueError(f"a frame of {image_HWC.dtype} {image_HWC.shape} among uint8 {shape}")
+    height_px, width_px = shape[:2]
+    if height_px % 2 or width_px % 2:
+        pad = ((0, height_px % 2), (0, width_px % 2), (0, 0))
+        image_HWC = np.pad(image_HWC, pad, mode="edge")
+    return VideoFrame.from_ndarray(np.ascontiguousarray(image_HWC), format="rgb24").reformat(
+        format="yuv420p",
+        src_colorspace=Colorspace.ITU709,
+        dst_colorspace=Colorspace.ITU709,
+        src_color_range=ColorRange.JPEG,
+        dst_color_range=ColorRange.MPEG,
+        interpolation=Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.BITEXACT,
+    )
+
+
+def verify(
+    path: Path, *, num_frames: int | None = None, subject: str | None = None
+) -> EncodedVideo:
+    """Read a written MP4 file back: every packet and the first frame, and its checksum.
+
+    Args:
+        num_frames: must be in the file; None is not to check.
+
+    Raises:
+        MediaError: encode_failed.
+    """
+    subject = subject or path.name
+    try:
+        with av.open(f"file:{path.absolute()}", options={"protocol_whitelist": "file"}) as file:
+            stream = file.streams.video[0]
+            found = sum(1 for packet in file.demux(stream) if packet.size)
+            has_audio = bool(file.streams.audio)
+            file.seek(0)
+            first = next(file.decode(stream))
+            size_px = (first.width, first.height)
+            fps = float(stream.average_rate or 0)
+    except (av.error.FFmpegError, IndexError, StopIteration) as error:
+        raise MediaError(
+            f"what was written cannot be read back: {error!r}",
+            subject=subject,
+            code="encode_failed",
+        ) from error
+    if num_frames is not None and found != num_frames:
+        raise MediaError(
+            f"{found} frames were written of {num_frames}", subject=subject, code="encode_failed"
+        )
+    return EncodedVideo(
+        num_frames=found,
+        fps=fps,
+        width_px=size_px[0],
+        height_px=size_px[1],
+        size_bytes=path.stat().st_size,
+        sha256=_sha256(path),
+        has_audio=has_audio,
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
