@@ -13,7 +13,6 @@ Losses made with different kinds cannot be set side by side.
 from __future__ import annotations
 
 import importlib.util
-import pickle
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ from torch.nn import functional
 
 from kpmask.config import Perceptual
 from kpmask.errors import CheckpointError
-from kpmask.weights import PublishedFile, cache_folder, fetch
+from kpmask.weights import PublishedFile, cache_folder, fetch, read_torch_file
 
 VGG19_FILE = PublishedFile(
     url="https://download.pytorch.org/models/vgg19-dcbb9e9d.pth",
@@ -265,16 +264,11 @@ def _lite0_path() -> Path:
 
 
 def _read_tensors(path: Path) -> Mapping[str, Tensor]:
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CheckpointError(
-            error.strerror or str(error), subject=str(path), code="weights_unavailable"
-        ) from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError("not a file of weights", subject=str(path)) from error
-    if not isinstance(tensors, Mapping) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise CheckpointError("not a state dict of tensors", subject=str(path))
+    tensors = read_torch_file(path)
+    if not isinstance(tensors, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in tensors.items()
+    ):
+        raise CheckpointError("not a dictionary of tensors", subject=str(path))
     return tensors
 
 

@@ -1,5 +1,6 @@
-"""Published weights that are downloaded once: verified, resumed, and shown whole or not at all.
+"""Weights of other projects: read without running what is in them, and downloaded once.
 
+A download is verified, resumed where it broke off, and shown whole or not at all.
 Several processes may want the same file at once. The first takes a lock and downloads; the others
 wait for it and find the file.
 """
@@ -10,17 +11,54 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import pickle
+import struct
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
+
+import torch
 
 from kpmask.errors import CheckpointError
 
 CHUNK_BYTES = 1 << 20
+
+
+def read_torch_file(path: Path) -> Any:  # noqa: ANN401 - whatever was saved
+    """The tensors and plain values of a `torch.save` file, new or old format, on the CPU.
+
+    Raises:
+        CheckpointError: it cannot be read, is not such a file, or would run code.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(
+            error.strerror or str(error), subject=str(path), code="weights_unavailable"
+        ) from error
+    except _NOT_TENSORS as error:
+        raise CheckpointError(
+            "not a file of tensors alone", subject=str(path), hint="a pickle is never executed"
+        ) from error
+
+
+# What the reader raises at bytes that are not its own.
+_NOT_TENSORS = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,460 @@
+"""Checkpoints of the original code: FOMM's layout and the keypoint-mask code's, in and out.
+
+- A file is a `torch.save` dictionary of sections; two of them, `kp_detector` and `generator`, hold
+  weights. The others (discriminator, optimisers, epoch) are left behind.
+- The settings are not in the file. Widths and depths follow from the tensors' shapes; the rest is
+  as published, or as the original YAML says.
+- Every tensor must have its place here, and every place its tensor; else the file is refused with
+  a list. The files are read without running anything that is in them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from kpmask import checkpoint
+from kpmask.config import FommModel, KeypointMaskModel, validated
+from kpmask.errors import CheckpointError, ConfigError
+from kpmask.models import build_system
+from kpmask.models.base import AnimationSystem
+from kpmask.models.layers import DownBlock
+from kpmask.weights import read_torch_file
+
+Tensors = Mapping[str, Tensor]
+
+# Our module -> theirs, as `section.module`.
+FOMM_NAMES = {"detector": "kp_detector", "generator": "generator"}
+KEYPOINT_MASK_NAMES = {
+    "detector": "kp_detector",
+    "low_resolution.down": "generator.source_first",
+    "low_resolution.first": "generator.first",
+    "low_resolution.bottleneck": "generator.bottleneck",
+    "low_resolution.up_blocks": "generator.up_blocks",
+    "low_resolution.final": "generator.final",
+    "high_resolution.hourglass": "generator.hourglass",
+    "high_resolution.final": "generator.final_hourglass",
+}
+# The keypoint-mask code builds, saves and loads these, and never calls them.
+DEAD_BLOCKS = "generator.down_blocks"
+
+WEIGHTS = ("kp_detector", "generator")
+OTHER_SECTIONS = frozenset(
+    {
+        "discriminator",
+        "optimizer_generator",
+        "optimizer_discriminator",
+        "optimizer_kp_detector",
+        "epoch",
+    }
+)
+SYSTEMS = ("fomm", "keypoint-mask")
+MASKS = get_args(KeypointMaskModel.model_fields["mask"].annotation)
+
+
+def import_checkpoint(
+    src: Path,
+    out: Path,
+    *,
+    system: str | None = None,
+    config: Path | None = None,
+    kp_detector: Path | None = None,
+    mask: str | None = None,
+) -> str:
+    """`import_upstream` into a file of our own; a line that says what it holds."""
+    imported = import_upstream(
+        src, system=system, config=config, kp_detector=kp_detector, mask=mask
+    )
+    sha256 = checkpoint.save(out, imported, {"imported_from": src.name})
+    millions = sum(p.numel() for p in imported.parameters()) / 1e6
+    kind = f", {imported.config.mask}" if isinstance(imported.config, KeypointMaskModel) else ""
+    return f"{imported.config.system}{kind}, {millions:.1f} M parameters, sha256 {sha256}"
+
+
+def import_upstream(
+    src: Path,
+    *,
+    system: str | None = None,
+    config: Path | None = None,
+    kp_detector: Path | None = None,
+    mask: str | None = None,
+) -> AnimationSystem[Any, Any]:
+    """A system with the weights of an original checkpoint, in eval mode.
+
+    Args:
+        src: a `.pth.tar` file.
+        system: `fomm` or `keypoint-mask`; by default what the file holds.
+        config: the original YAML configuration. It overrides what the shapes say, so that a
+            configuration of another model is refused.
+        kp_detector: take the detector from this file instead, of either layout.
+        mask: `heatmap`, `circles` or `softmax`; by default the configuration's, else heatmap.
+
+    Raises:
+        CheckpointError: the file is not one of these, or its tensors do not fit.
+        ConfigError: an argument or the configuration is wrong.
+    """
+    _check_choice("--system", system, SYSTEMS)
+    _check_choice("--mask", mask, MASKS)
+    sections = _sections(src)
+    if kp_detector is not None:
+        sections["kp_detector"] = _sections(kp_detector).get("kp_detector", {})
+    tensors = {f"{s}.{key}": t for s in WEIGHTS for key, t in sections.get(s, {}).items()}
+    found = _system_of(tensors, src)
+    if system is not None and system != found:
+        raise CheckpointError(
+            f"holds a {found} checkpoint, not {system}",
+            subject=str(src),
+            code="checkpoint_mismatch",
+        )
+    if mask is not None and found == "fomm":
+        raise ConfigError("a fomm checkpoint has no mask", subject="--mask")
+    settings = _inferred(found, tensors, src)
+    if config is not None:
+        _merge(settings, _read_yaml(config, found))
+    if mask is not None:
+        settings["mask"] = mask
+    return _built(settings, tensors, src)
+
+
+def export_upstream(system: AnimationSystem[Any, Any]) -> dict[str, Any]:
+    """The weights in the original layout, ready for `torch.save`."""
+    sections: dict[str, Any] = {"generator": {}, "kp_detector": {}, "epoch": 0}
+    tensors = {_their_name(key, system): value for key, value in system.state_dict().items()}
+    tensors |= {key: torch.zeros_like(t, device="cpu") for key, t in _dead_tensors(system).items()}
+    for name, value in tensors.items():
+        section, _, key = name.partition(".")
+        sections[section][key] = value.detach().cpu()
+    return sections
+
+
+def _check_choice(option: str, value: str | None, allowed: tuple[str, ...]) -> None:
+    if value is not None and value not in allowed:
+        raise ConfigError(f"{value!r} is not one of {', '.join(allowed)}", subject=option)
+
+
+# --- reading ---------------------------------------------------------------------------------
+
+
+def _sections(path: Path) -> dict[str, Tensors]:
+    """The file's sections of weights, without the prefix that DataParallel leaves."""
+    document = read_torch_file(path)
+    if not isinstance(document, Mapping) or not all(isinstance(key, str) for key in document):
+        raise CheckpointError("not a dictionary of sections", subject=str(path))
+    if "mask_generator" in document:
+        raise CheckpointError(
+            "a refined-masking checkpoint; no such system here", subject=str(path)
+        )
+    unknown = sorted(set(document) - set(WEIGHTS) - OTHER_SECTIONS)
+    if unknown:
+        raise CheckpointError(
+            f"sections of no known layout: {', '.join(unknown[: checkpoint.MAX_LISTED])}",
+            subject=str(path),
+        )
+    return {name: _tensors(document[name], name, path) for name in WEIGHTS if name in document}
+
+
+def _tensors(section: object, name: str, path: Path) -> Tensors:
+    if not isinstance(section, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in section.items()
+    ):
+        raise CheckpointError(f"{name} is not a dictionary of tensors", subject=str(path))
+    return {key.removeprefix("module."): value for key, value in section.items()}
+
+
+def _system_of(tensors: Tensors, src: Path) -> str:
+    if not any(key.startswith("kp_detector.") for key in tensors):
+        raise CheckpointError(
+            "has no kp_detector",
+            subject=str(src),
+            hint="give the file that has it with --kp-detector",
+        )
+    if any(key.startswith("generator.dense_motion_network.") for key in tensors):
+        return "fomm"
+    if any(key.startswith("generator.final_hourglass.") for key in tensors):
+        return "keypoint-mask"
+    raise CheckpointError(
+        "its generator is neither FOMM's nor the keypoint mask's", subject=str(src)
+    )
+
+
+# --- settings from shapes --------------------------------------------------------------------
+
+
+class _Shapes:
+    """The shapes of one file's tensors, where a missing one is the file's fault."""
+
+    def __init__(self, tensors: Tensors, src: Path) -> None:
+        self.tensors = tensors
+        self.src = src
+
+    def size(self, key: str, axis: int) -> int:
+        if key not in self.tensors:
+            raise CheckpointError(
+                f"1 tensors missing: {key}", subject=str(self.src), code="checkpoint_mismatch"
+            )
+        shape = self.tensors[key].shape
+        if axis >= len(shape):
+            raise CheckpointError(
+                f"1 tensors of another shape: {key} {list(shape)}",
+                subject=str(self.src),
+                code="checkpoint_mismatch",
+            )
+        return shape[axis]
+
+    def has(self, key: str) -> bool:
+        return key in self.tensors
+
+    def count(self, pattern: str) -> int:
+        """How many of `pattern` with {} = 0, 1, 2, ... there are."""
+        return next(i for i in itertools.count() if not self.has(pattern.format(i)))
+
+    def capped(self, block_expansion: int, num_blocks: int, widest: int) -> int:
+        """max_features: the widest layer where it cut something off, else the published value."""
+        is_cut = widest < block_expansion * 2**num_blocks
+        return widest if is_cut else max(widest, 1024)
+
+    def hourglass(self, prefix: str) -> dict[str, Any]:
+        encoder = prefix + ".encoder.down_blocks.{}.conv.weight"
+        num_blocks = self.count(encoder)
+        last = max(num_blocks - 1, 0)
+        width = self.size(f"{prefix}.decoder.up_blocks.{last}.conv.weight", 0)
+        widest = self.size(encoder.format(last), 0)
+        return {
+            "block_expansion": width,
+            "num_blocks": num_blocks,
+            "max_features": self.capped(width, num_blocks, widest),
+        }
+
+    def scale(self, prefix: str) -> float:
+        """The scale whose antialiasing kernel has the file's size; without a kernel it is 1."""
+        if not self.has(f"{prefix}.weight"):
+            return 1.0
+        # k = 2 round(4 sigma) + 1 and sigma = (n - 1) / 2 for a scale of 1 / n.
+        shrink, rest = divmod(self.size(f"{prefix}.weight", 2) - 1, 4)
+        if rest or not shrink:
+            raise CheckpointError(f"{prefix}.weight is no scale's kernel", subject=str(self.src))
+        return 1 / (shrink + 1)
+
+
+def _inferred(system: str, tensors: Tensors, src: Path) -> dict[str, Any]:
+    shapes = _Shapes(tensors, src)
+    settings = {"system": system, "detector": _detector(shapes)}
+    return settings | (_fomm(shapes) if system == "fomm" else _keypoint_mask(shapes))
+
+
+def _detector(shapes: _Shapes) -> dict[str, Any]:
+    num_keypoints = shapes.size("kp_detector.kp.weight", 0)
+    has_jacobian = shapes.has("kp_detector.jacobian.weight")
+    num_maps = shapes.size("kp_detector.jacobian.weight", 0) if has_jacobian else 0
+    return shapes.hourglass("kp_detector.predictor") | {
+        "num_keypoints": num_keypoints,
+        "scale_factor": shapes.scale("kp_detector.down"),
+        "estimate_jacobian": has_jacobian,
+        "single_jacobian_map": num_maps == 4 and num_keypoints > 1,
+    }
+
+
+def _fomm(shapes: _Shapes) -> dict[str, Any]:
+    motion = "generator.dense_motion_network"
+    width = shapes.size("generator.first.conv.weight", 0)
+    down = "generator.down_blocks.{}.conv.weight"
+    num_down_blocks = shapes.count(down)
+    widest = shapes.size(down.format(num_down_blocks - 1), 0) if num_down_blocks else width
+    return {
+        "dense_motion": shapes.hourglass(f"{motion}.hourglass")
+        | {
+            "scale_factor": shapes.scale(f"{motion}.down"),
+            "estimate_occlusion": shapes.has(f"{motion}.occlusion.weight"),
+        },
+        "generator": {
+            "block_expansion": width,
+            "num_down_blocks": num_down_blocks,
+            "num_bottleneck_blocks": shapes.count("generator.bottleneck.r{}.conv1.weight"),
+            "max_features": shapes.capped(width, num_down_blocks, widest),
+        },
+    }
+
+
+def _keypoint_mask(shapes: _Shapes) -> dict[str, Any]:
+    num_up_blocks = shapes.count("generator.up_blocks.{}.conv.weight")
+    return {
+        "low_resolution": {
+            "scale_factor": 0.5**num_up_blocks,
+            "block_expansion": shapes.size("generator.final.weight", 1),
+            "num_bottleneck_blocks": shapes.count("generator.bottleneck.r{}.conv1.weight"),
+        },
+        "high_resolution": shapes.hourglass("generator.hourglass"),
+    }
+
+
+# --- settings from the original YAML ---------------------------------------------------------
+
+# Their key -> our part and key, for each of their groups; None: nothing of ours depends on it.
+_Places = Mapping[str, tuple[str, str] | None]
+_WIDTHS = ("block_expansion", "max_features", "num_blocks", "scale_factor")
+_COMMON: _Places = {
+    "num_kp": ("detector", "num_keypoints"),
+    "estimate_jacobian": ("detector", "estimate_jacobian"),
+    "num_channels": None,
+    "scale_factor": ("detector", "scale_factor"),
+    "kp_after_softmax": None,  # read by `_mask_of`, wherever they stand
+    "softmax_mask": None,
+}
+_DETECTOR: _Places = {
+    **{name: ("detector", name) for name in (*_WIDTHS, "temperature", "single_jacobian_map")},
+    "pad": ("detector", "head_padding"),
+    "kp_after_softmax": None,
+    "softmax_mask": None,
+}
+_DENSE_MOTION: _Places = {name: ("dense_motion", name) for name in (*_WIDTHS, "kp_variance")}
+_GENERATOR: Mapping[str, _Places] = {
+    "fomm": {
+        "block_expansion": ("generator", "block_expansion"),
+        "max_features": ("generator", "max_features"),
+        "num_down_blocks": ("generator", "num_down_blocks"),
+        "num_bottleneck_blocks": ("generator", "num_bottleneck_blocks"),
+        "estimate_occlusion_map": ("dense_motion", "estimate_occlusion"),
+        "dense_motion_params": None,
+    },
+    "keypoint-mask": {
+        "block_expansion": ("low_resolution", "block_expansion"),
+        "num_bottleneck_blocks": ("low_resolution", "num_bottleneck_blocks"),
+        "num_down_blocks": None,  # follows from the scale
+        "max_features": None,  # of the dead blocks
+        "scale_factor": ("low_resolution", "scale_factor"),
+        "estimate_occlusion_map": None,
+        "dense_motion_params": None,
+        "kp_after_softmax": None,
+        "softmax_mask": None,
+    },
+}
+
+
+def _read_yaml(path: Path, system: str) -> dict[str, Any]:
+    """Our settings, as far as the original configuration gives them."""
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(error.strerror or str(error), subject=str(path)) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"not YAML: {error}", subject=str(path)) from error
+    model = _group(_group({"": document}, "", path), "model_params", path)
+    generator = _group(model, "generator_params", path)
+    found = {k: model.get(k) for k in ("common_params", "kp_detector_params")}
+    settings: dict[str, Any] = {}
+    _place(settings, _group(found, "common_params", path), _COMMON, path)
+    _place(settings, _group(found, "kp_detector_params", path), _DETECTOR, path)
+    _place(settings, generator, _GENERATOR[system], path)
+    if system == "fomm":
+        _place(settings, _group(generator, "dense_motion_params", path), _DENSE_MOTION, path)
+    else:
+        settings["mask"] = _mask_of(model)
+        common = _group(found, "common_params", path)
+        if "scale_factor" in common:  # there it is the detector's and the generator's
+            _merge(settings, {"low_resolution": {"scale_factor": common["scale_factor"]}})
+    dataset = _group(document, "dataset_params", path)
+    if "frame_shape" in dataset:
+        settings["image_size_px"] = _side_px(dataset["frame_shape"], path)
+    return settings
+
+
+def _group(document: object, name: str, path: Path) -> dict[str, Any]:
+    group = cast(Mapping[str, Any], document).get(name) or {}
+    if not isinstance(group, dict):
+        raise ConfigError(f"{name or 'the file'} is not a table", subject=str(path))
+    return group
+
+
+def _place(settings: dict[str, Any], group: Mapping[str, Any], places: _Places, path: Path) -> None:
+    for key, value in group.items():
+        if key not in places:
+            raise ConfigError(
+                f"no such setting of the original model: {key}",
+                subject=str(path),
+                hint=f"known here: {', '.join(sorted(places))}",
+            )
+        if (place := places[key]) is not None:
+            _merge(settings, {place[0]: {place[1]: value}})
+
+
+def _mask_of(model: Mapping[str, Any]) -> str:
+    """The published code has two switches, in one of three groups."""
+    switches: dict[str, Any] = {}
+    for group in ("common_params", "kp_detector_params", "generator_params"):
+        switches |= model.get(group) or {}
+    if switches.get("softmax_mask"):
+        return "softmax"
+    return "circles" if switches.get("kp_after_softmax") else "heatmap"
+
+
+def _side_px(frame_shape: object, path: Path) -> int:
+    if (
+        not isinstance(frame_shape, list)
+        or len(frame_shape) < 2
+        or frame_shape[0] != frame_shape[1]
+    ):
+        raise ConfigError(f"frame_shape must be square, not {frame_shape!r}", subject=str(path))
+    return int(frame_shape[0])
+
+
+def _merge(settings: dict[str, Any], over: Mapping[str, Any]) -> None:
+    for key, value in over.items():
+        if isinstance(value, Mapping):
+            _merge(settings.setdefault(key, {}), value)
+        else:
+            settings[key] = value
+
+
+# --- weights ---------------------------------------------------------------------------------
+
+
+def _built(settings: dict[str, Any], tensors: Tensors, src: Path) -> AnimationSystem[Any, Any]:
+    is_fomm = settings["system"] == "fomm"
+    try:
+        config = (
+            validated(FommModel, settings) if is_fomm else validated(KeypointMaskModel, settings)
+        )
+        with torch.device("meta"):
+            system = build_system(config)
+    except ConfigError as error:
+        raise CheckpointError(
+            f"its tensors and configuration make no model: {error}",
+            subject=str(src),
+            code="checkpoint_mismatch",
+        ) from error
+    places = {_their_name(key, system): key for key in system.state_dict()}
+    wanted = {theirs: system.state_dict()[ours] for theirs, ours in places.items()}
+    checkpoint.check_tensors(
+        {key: tuple(value.shape) for key, value in tensors.items()},
+        {key: tuple(value.shape) for key, value in (wanted | _dead_tensors(system)).items()},
+        subject=str(src),
+    )
+    checkpoint.fill(
+        system, {ours: tensors[theirs] for theirs, ours in places.items()}, subject=str(src)
+    )
+    return system.eval()
+
+
+def _their_name(key: str, system: AnimationSystem[Any, Any]) -> str:
+    names = FOMM_NAMES if isinstance(system.config, FommModel) else KEYPOINT_MASK_NAMES
+    ours = next(module for module in names if key.startswith(f"{module}."))
+    return names[ours] + key.removeprefix(ours)
+
+
+def _dead_tensors(system: AnimationSystem[Any, Any]) -> dict[str, Tensor]:
+    """Tensors of the original layout that nothing here uses, without memory."""
+    if not isinstance(system.config, KeypointMaskModel):
+        return {}
+    low = system.config.low_resolution
+    with torch.device("meta"):
+        blocks = nn.ModuleList(
+            DownBlock(low.block_expansion * 2**i, low.block_expansion * 2 ** (i + 1))
+            for i in range(low.num_up_blocks)
+        )
+    return {f"{DEAD_BLOCKS}.{key}": value for key, value in blocks.state_dict().items()}
