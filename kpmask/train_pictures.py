@@ -1,4 +1,4 @@
-"""What one looks at while a model trains: sample strips and loss curves."""
+"""Sample strips: what one looks at while a model trains."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
 from kpmask.data.loader import ReadFrames, to_float
 from kpmask.models.base import AnimationSystem, Batch
-from kpmask.records import ClipRecord, StepMetrics
+from kpmask.records import ClipRecord
 
 MIN_TILE_PX = 128
 NUM_SAME, NUM_CROSS = 3, 2  # rows of a strip: driven by the same video, and by another
@@ -75,33 +73,3 @@ def png_bytes(image_HWC: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image_HWC).save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def loss_curve(metrics: Sequence[StepMetrics]) -> bytes:
-    """An SVG with one plot a phase: the loss and its terms over steps. Same metrics, same bytes."""
-    phases = list(dict.fromkeys(m.phase for m in metrics)) or ["training"]
-    # Own salt instead of a random one for the ids in the file; text as text.
-    with mpl.rc_context({"svg.hashsalt": "kpmask", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(5.2 * len(phases), 3.4), layout="constrained")
-        for place, phase in enumerate(phases, 1):
-            axes = figure.add_subplot(1, len(phases), place)
-            _plot_phase(axes, phase, [m for m in metrics if m.phase == phase])
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()
-
-
-def _plot_phase(axes: Any, phase: str, metrics: Sequence[StepMetrics]) -> None:  # noqa: ANN401
-    steps = [m.step for m in metrics]
-    terms: dict[str, list[tuple[int, float]]] = {}
-    for m in metrics:
-        for name, value in zip(m.term_names, m.term_values, strict=True):
-            terms.setdefault(name, []).append((m.step, value))
-    for name, points in terms.items():
-        axes.plot(*zip(*points, strict=True), linewidth=0.8, alpha=0.7, label=name)
-    axes.plot(steps, [m.loss for m in metrics], linewidth=1.6, color="black", label="loss")
-    axes.set(title=phase, xlabel="step")
-    if metrics and min(min(m.term_values, default=m.loss) for m in metrics) > 0:
-        axes.set_yscale("log")
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize="small", frameon=False)

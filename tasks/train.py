@@ -1,0 +1,281 @@
+"""A dataset -> a trained model: the training job on Ray Train.
+
+- Ray Train starts the workers, joins them (gloo on CPUs, NCCL on GPUs) and starts them again when
+  one dies. What they have done is in our own storage, so a restart, a rerun of the command and a
+  run on another machine all go on in the same way: from the newest checkpoint there.
+- The driver waits in `fit` on a thread of its own, passes progress on, and turns Ctrl-C into a
+  request to stop, upon which the workers leave a checkpoint.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import tempfile
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from torch import Tensor
+
+from kpmask.config import TrainJob
+from kpmask.errors import (
+    CheckpointError,
+    ConfigError,
+    DatasetError,
+    KpmaskError,
+    RunFailed,
+)
+from kpmask.perceptual import load_perceptual
+from kpmask.records import Progress, RunManifest
+from kpmask.train import Worker, plan_phases
+from tasks import train_folder
+from tasks.channel import Channel
+from tasks.cluster import ray_session
+from tasks.train_folder import RunFolder
+from tasks.train_worker import Line, run_worker, samplers
+
+log = logging.getLogger(__name__)
+
+OnProgress = Callable[[Progress], None]
+
+POLL_S = 0.5
+STOP_PATIENCE_S = 60.0  # for the step that runs and a checkpoint
+
+
+def train(job: TrainJob, *, on_progress: OnProgress | None = None) -> RunManifest:
+    """Train the job's phases with Ray Train and return the finished run's manifest.
+
+    A finished run returns at once; an interrupted one goes on from its newest checkpoint.
+
+    Raises:
+        ConfigError: `out` holds a run with other settings; or Ray has too few CPUs or GPUs.
+        DatasetError: the dataset cannot be trained on.
+        CheckpointError: weights that the job names cannot be had or do not fit.
+        RunFailed: the loss is not finite any more, or the workers died too often.
+        KeyboardInterrupt: after Ctrl-C, with a checkpoint left behind.
+    """
+    folder, finished = _prepared(job)
+    if finished is not None:
+        return finished
+    with ray_session():
+        _fit(job, on_progress or _ignore)
+    return _manifest(folder)
+
+
+def train_here(job: TrainJob, *, on_progress: OnProgress | None = None) -> RunManifest:
+    """`train` with one worker in this process, without Ray; results are the same.
+
+    Raises:
+        KpmaskError: as `train`.
+    """
+    if job.num_workers != 1:
+        raise ConfigError("one process is one worker", subject="num_workers")
+    folder, finished = _prepared(job)
+    if finished is not None:
+        return finished
+    device = "cuda" if job.use_gpu else "cpu"
+    run_worker(job, Worker(device=device), Line(post=_never_stop(on_progress or _ignore)))
+    return _manifest(folder)
+
+
+def plan(job: TrainJob) -> list[str]:
+    """What `train` would do, a line a phase; nothing is written.
+
+    Raises:
+        DatasetError: the dataset cannot be trained on.
+    """
+    data = train_folder.open_data(job)
+    pairs = samplers(job, data, Worker())[0]
+    plans = plan_phases(job, pairs_per_epoch=pairs.pairs_per_epoch)
+    return [
+        f"phase {p.phase.name} ({p.phase.model.system}): {p.num_steps} steps of "
+        f"{p.phase.batch_size} pairs from {pairs.num_identities} identities"
+        for p in plans
+    ]
+
+
+def _ignore(progress: Progress) -> None:
+    """For callers who do not want to know."""
+
+
+def _never_stop(on_progress: OnProgress) -> Callable[[Progress], bool]:
+    def post(progress: Progress) -> bool:
+        on_progress(progress)
+        return False
+
+    return post
+
+
+def _prepared(job: TrainJob) -> tuple[RunFolder, RunManifest | None]:
+    """The run's folder, checked and claimed, and its manifest if there is nothing to do.
+
+    All that can be wrong with the job is found here, before any worker starts.
+    """
+    data = train_folder.open_data(job)
+    samplers(job, data, Worker())
+    folder = RunFolder.of(job, data.dataset_id)
+    finished = folder.finished() if job.resume else None
+    if finished is not None:
+        log.info("run %s is finished already", folder.run_id)
+        return folder, finished
+    load_perceptual(job.perceptual, job.perceptual_weights)
+    folder.claim(job)
+    log.info("run %s: perceptual features are %s", folder.run_id, job.perceptual)
+    return folder, None
+
+
+def _manifest(folder: RunFolder) -> RunManifest:
+    manifest = folder.finished()
+    if manifest is None:
+        raise RunFailed("the workers ended without a result", code="training_failed")
+    return manifest
+
+
+# --- the driver ------------------------------------------------------------------------------
+
+
+def _fit(job: TrainJob, on_progress: OnProgress) -> None:
+    """Run the workers and wait for them, passing their progress on."""
+    channel = Channel.open()
+    waiting = _Waiting(_trainer(job, channel))
+    waiting.start()
+    try:
+        _follow(waiting, channel, on_progress)
+    except KeyboardInterrupt:
+        log.warning("stopping: the workers finish their step and leave a checkpoint")
+        channel.stop()
+        waiting.join(STOP_PATIENCE_S)
+        raise
+    finally:
+        _, error = channel.read()
+        channel.close()
+    if error is not None:
+        raise error
+    if waiting.error is not None:
+        raise RunFailed(
+            f"the workers failed: {_first_line(waiting.error)}", code="training_failed"
+        ) from waiting.error
+
+
+def _follow(waiting: _Waiting, channel: Channel, on_progress: OnProgress) -> None:
+    shown: Progress | None = None
+    while True:
+        waiting.join(POLL_S)
+        ended = not waiting.is_alive()
+        progress, _ = channel.read()
+        if progress is not None and progress != shown:
+            on_progress(progress)
+            shown = progress
+        if ended:
+            return
+
+
+class _Waiting(threading.Thread):
+    """Waits in `fit`, so that the main thread can hear of progress and of Ctrl-C."""
+
+    def __init__(self, trainer: TorchTrainer) -> None:
+        super().__init__(daemon=True, name="ray-train")
+        self._trainer = trainer
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            self._trainer.fit()
+        except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
+            self.error = error
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _trainer(job: TrainJob, channel: Channel) -> TorchTrainer:
+    threads = _threads_per_worker(job)
+    resources: dict[str, float] = {"CPU": float(threads)}
+    if job.use_gpu:
+        resources["GPU"] = 1.0
+    return TorchTrainer(
+        _worker_main,
+        train_loop_config={
+            "job": job.model_dump_json(),
+            "threads": threads,
+            "channel": channel,
+        },
+        scaling_config=ScalingConfig(
+            num_workers=job.num_workers, use_gpu=job.use_gpu, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            # Ray keeps notes of its own; ours are in the run's folder, so these may go.
+            storage_path=tempfile.mkdtemp(prefix="kpmask-ray-train-"),
+            failure_config=FailureConfig(max_failures=job.max_restarts),
+        ),
+    )
+
+
+def _threads_per_worker(job: TrainJob) -> int:
+    """Threads, and CPUs asked of Ray, for each worker.
+
+    Raises:
+        ConfigError: Ray has too little, and would wait for ever.
+    """
+    there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    threads = job.threads_per_worker or max(1, int(there.get("CPU", 0) / job.num_workers))
+    wanted = {"CPU": threads * job.num_workers, "GPU": job.num_workers * job.use_gpu}
+    for name, count in wanted.items():
+        if there.get(name, 0) < count:
+            raise ConfigError(
+                f"{job.num_workers} workers need {count} {name}s, and Ray has "
+                f"{there.get(name, 0):g}",
+                subject="num_workers",
+                hint="lower num_workers or threads_per_worker, or set use_gpu = false",
+            )
+    return threads
+
+
+# --- a worker, in its own process ------------------------------------------------------------
+
+
+def _worker_main(config: dict[str, Any]) -> None:
+    """What Ray Train calls in each worker."""
+    channel: Channel = config["channel"]
+    job = TrainJob.model_validate_json(config["job"])
+    torch.set_num_threads(config["threads"])
+    line = Line(post=channel.post, report=ray.train.report)
+    try:
+        run_worker(job, _ray_worker(job), line)
+    except (RunFailed, ConfigError, DatasetError, CheckpointError) as error:
+        # It would be the same again: end without a restart, and let the driver raise it.
+        channel.fail(error)
+    except KpmaskError as error:
+        log.warning("worker failed: %s", error)
+        raise
+
+
+def _ray_worker(job: TrainJob) -> Worker:
+    context = ray.train.get_context()
+    device = str(ray.train.torch.get_device()) if job.use_gpu else "cpu"
+    count = context.get_world_size()
+    if count == 1:
+        return Worker(device=device)
+    return Worker(
+        rank=context.get_world_rank(),
+        count=count,
+        device=device,
+        wrap=ray.train.torch.prepare_model,
+        mean=functools.partial(_mean_over_workers, device=device, count=count),
+    )
+
+
+def _mean_over_workers(values: Tensor, *, device: str, count: int) -> Tensor:
+    # NCCL knows no tensors on the CPU, and no mean is known to gloo.
+    summed = values.to(device)
+    summed = summed.clone() if summed is values else summed
+    torch.distributed.all_reduce(summed)
+    return (summed / count).to(values.device)

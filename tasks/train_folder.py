@@ -1,0 +1,190 @@
+"""What a training run keeps in storage, and whose run it is.
+
+run.json                settings and their digest, the dataset's id; written first
+config.toml             the same settings, to run again
+checkpoints/            of the training in progress (tasks.checkpoints)
+metrics.parquet         StepMetrics, up to the newest checkpoint
+loss.svg  samples/      what it looks like
+phases/<name>.safetensors   the weights of every phase but the last
+weights.safetensors     the result
+manifest.json           RunManifest; written last: without it the run is not finished
+index.html              the run's page
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from kpmask.config import TrainJob, to_toml
+from kpmask.data.dataset import MANIFEST as DATASET_MANIFEST
+from kpmask.data.dataset import STATS, Dataset, read_manifest
+from kpmask.errors import ConfigError, DatasetError, StorageError
+from kpmask.records import ClipRecord, RunManifest, digest
+from tasks.manifest import read_json, write_json
+from tasks.storage import ObjectStore, open_store
+
+RUN: Final = "run.json"
+CONFIG: Final = "config.toml"
+METRICS: Final = "metrics.parquet"
+CURVE: Final = "loss.svg"
+SAMPLES: Final = "samples"
+PHASES: Final = "phases"
+WEIGHTS: Final = "weights.safetensors"
+MANIFEST: Final = "manifest.json"
+PAGE: Final = "index.html"
+
+# How and where a run is done does not shape its result; all other settings do.
+_NO_SETTINGS: Final = frozenset(
+    {
+        "data",
+        "out",
+        "use_gpu",
+        "threads_per_worker",
+        "log_every_steps",
+        "sample_every_steps",
+        "checkpoint_every_steps",
+        "max_restarts",
+        "resume",
+    }
+)
+MAX_DIFFERENCES: Final = 3
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """A dataset as a training sees it."""
+
+    dataset_id: str
+    dataset: Dataset
+    train: tuple[ClipRecord, ...]
+    shown: tuple[ClipRecord, ...]  # what samples are drawn from: test clips, if there are any
+
+
+def open_data(job: TrainJob) -> TrainingData:
+    """The job's dataset.
+
+    Raises:
+        DatasetError: there is none, it has no training clips, or their size is not the model's.
+    """
+    store = open_store(job.data)
+    try:
+        records = read_manifest(store.local(DATASET_MANIFEST))
+        dataset_id = str(read_json(store, STATS)["dataset_id"])
+    except StorageError as error:
+        if error.code != "not_found":
+            raise
+        raise DatasetError(
+            "there is no finished dataset here",
+            subject=job.data,
+            hint="kpmask preprocess makes one",
+        ) from error
+    except KeyError as error:
+        raise DatasetError(f"its {STATS} has no dataset_id", subject=job.data) from error
+    dataset = Dataset(records, fetch=store.local)
+    train = tuple(dataset.partition("train"))
+    if not train:
+        raise DatasetError("no training clips", subject=job.data, code="dataset_too_small")
+    _check_sizes(job, train)
+    test = tuple(dataset.partition("test"))
+    return TrainingData(dataset_id, dataset, train, test or train)
+
+
+def _check_sizes(job: TrainJob, clips: tuple[ClipRecord, ...]) -> None:
+    want_px = job.phases[0].model.image_size_px
+    for clip in clips:
+        if (clip.width_px, clip.height_px) != (want_px, want_px):
+            raise DatasetError(
+                f"its clip {clip.name} has {clip.width_px}x{clip.height_px} px, and the model "
+                f"takes {want_px}x{want_px} px",
+                subject=job.data,
+                hint="preprocess with the same preset, or set image_size_px of every phase",
+            )
+
+
+def settings(job: TrainJob, dataset_id: str) -> dict[str, Any]:
+    """All that shapes the result, as JSON values."""
+    return {"dataset_id": dataset_id, **job.model_dump(mode="json", exclude=set(_NO_SETTINGS))}
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's place in storage. `run_id` and `settings_digest` follow from job and dataset."""
+
+    store: ObjectStore
+    settings: Mapping[str, Any]
+    settings_digest: str
+
+    @classmethod
+    def of(cls, job: TrainJob, dataset_id: str) -> RunFolder:
+        values = settings(job, dataset_id)
+        return cls(open_store(job.out), values, digest(values))
+
+    @property
+    def run_id(self) -> str:
+        return self.settings_digest[:12]
+
+    def claim(self, job: TrainJob) -> None:
+        """Make this the folder of this run: new, or one that it may go on in.
+
+        Raises:
+            ConfigError: it holds a run with other settings, and the job wants to resume.
+        """
+        self.store.sweep()
+        old = read_json(self.store, RUN) if self.store.exists(RUN) else None
+        if old is not None and not job.resume:
+            self._clear()
+        elif old is not None and old.get("settings_digest") != self.settings_digest:
+            raise ConfigError(
+                f"this run was made with other settings: {_differences(old, self.settings)}",
+                subject=job.out,
+                hint="give another --out, or start over with --no-resume",
+            )
+        tables = {"train": job.model_dump(mode="json")}
+        self.store.put(CONFIG, to_toml(tables).encode())
+        identity = {
+            "run_id": self.run_id,
+            "settings_digest": self.settings_digest,
+            "settings": dict(self.settings),
+        }
+        write_json(self.store, RUN, identity)
+
+    def finished(self) -> RunManifest | None:
+        """The manifest, if the run is finished."""
+        if not self.store.exists(MANIFEST):
+            return None
+        manifest = RunManifest(**read_json(self.store, MANIFEST))
+        return manifest if manifest.settings_digest == self.settings_digest else None
+
+    def _clear(self) -> None:
+        """Remove the run that is here: its manifest first, so that no half of it looks whole."""
+        single = [MANIFEST, RUN, CONFIG, METRICS, CURVE, WEIGHTS, PAGE]
+        folders = [
+            info.key
+            for prefix in ("checkpoints", SAMPLES, PHASES, "failed")
+            for info in self.store.list(f"{prefix}/")
+        ]
+        for key in [*single, *folders]:
+            self.store.delete(key)
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """The first settings that differ, by name, with both values."""
+    before, after = (dict(_flat(values)) for values in (old.get("settings") or {}, new))
+    names = [n for n in {**before, **after} if before.get(n) != after.get(n)]
+    shown = [f"{n} was {before.get(n)!r}, is {after.get(n)!r}" for n in names[:MAX_DIFFERENCES]]
+    more = len(names) - len(shown)
+    return "; ".join(shown) + (f"; and {more} more" if more else "")
+
+
+def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:  # noqa: ANN401 - JSON
+    """Leaves of nested JSON values by dotted path; parts of a list by their name or place."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{path}.{key}" if path else key)
+    elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+        for place, inner in enumerate(value):
+            yield from _flat(inner, f"{path}.{inner.get('name', place)}")
+    else:
+        yield path, value
