@@ -17,7 +17,7 @@ from prefect.artifacts import (
     create_table_artifact,
 )
 
-from flows.engine import API_ERRORS, artifact_key, run_logger
+from flows.engine import artifact_key, run_logger, tell_prefect
 from kpmask.errors import StorageError
 from kpmask.records import Failure
 from tasks.manifest import read_table_if_any
@@ -114,14 +114,11 @@ def _cell(value: object) -> str:
 
 def _failures(uri: str) -> list[Failure]:
     try:
-        return read_table_if_any(open_store(uri), FAILURES, Failure)
+        return read_table_if_any(open_store(uri), FAILURES, Failure) or []
     except StorageError as error:
         run_logger().warning("the failures cannot be shown: %s", error)
         return []
 
 
 def _leave(create: Callable[..., object], **artifact: Any) -> None:  # noqa: ANN401
-    try:
-        create(**artifact)
-    except API_ERRORS as error:
-        run_logger().warning("%s could not be left in Prefect: %s", artifact["key"], error)
+    tell_prefect(f"artifact {artifact['key']}", lambda: create(**artifact))

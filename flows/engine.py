@@ -53,6 +53,7 @@ class _Outcome:
     """What the flow body came to, kept beside Prefect in case that Prefect cannot tell."""
 
     result: list[Any] = field(default_factory=list)
+    server_lost: bool = False
 
 
 _outcome: ContextVar[_Outcome | None] = ContextVar("kpmask_outcome", default=None)
@@ -90,6 +91,23 @@ def finished(result: R) -> R:
     return result
 
 
+def tell_prefect(what: str, call: Callable[[], R]) -> R | None:
+    """Tell Prefect something that the run can do without; None when it could not be told.
+
+    A server that was lost once is left alone for the rest of the run, because every further call
+    would wait for it.
+    """
+    outcome = _outcome.get() or _Outcome()
+    if outcome.server_lost:
+        return None
+    try:
+        return call()
+    except API_ERRORS as error:
+        outcome.server_lost = True
+        _log.warning("Prefect was not told of the %s: %s", what, error)
+        return None
+
+
 def _despite(error: BaseException, outcome: _Outcome) -> Any:  # noqa: ANN401 - the flow's result
     """The flow's result, or what really ended it, when only Prefect's reporting has failed."""
     for cause in _chain(error):
@@ -121,11 +139,9 @@ class _NotOurErrors(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.exc_info is None:
-            return not str(record.msg).startswith("Finished in state")
-        return not any(
-            isinstance(error, KpmaskError | KeyboardInterrupt)
-            for error in _chain(record.exc_info[1])
-        )
+            return not str(record.msg).startswith(("Finished in state", "Crash detected"))
+        handled = (KpmaskError, KeyboardInterrupt, *API_ERRORS)
+        return not any(isinstance(error, handled) for error in _chain(record.exc_info[1]))
 
 
 @contextmanager
@@ -170,42 +186,39 @@ def progress_to(sink: ProgressSink | None) -> Iterator[None]:
 class StageProgress:
     """The `on_progress` of a stage: to the sink at once, to Prefect every few seconds.
 
-    Prefect gets a log line and a progress artifact. When it cannot be reached it is left alone
-    for the rest of the stage.
+    Prefect gets a log line and a progress artifact for each `Progress.stage`.
     """
 
     def __init__(self) -> None:
         self._sink = _sink.get()
         self._artifacts: dict[str, UUID] = {}
         self._next_report_s = 0.0
-        self._reachable = True
 
     def __call__(self, progress: Progress) -> None:
         if self._sink is not None:
             self._sink(progress)
         now_s = time.monotonic()
         last = progress.done >= progress.total > 0
-        if not self._reachable or (now_s < self._next_report_s and not last):
-            return
-        self._next_report_s = now_s + REPORT_EVERY_S
-        self._report(progress)
+        if last or now_s >= self._next_report_s:
+            self._next_report_s = now_s + REPORT_EVERY_S
+            self._report(progress)
 
     def _report(self, progress: Progress) -> None:
         percent = 100 * progress.done / progress.total if progress.total else 0.0
         text = f"{progress.stage}: {progress.done}/{progress.total} {progress.message}".rstrip()
         run_logger().info(text)
-        try:
-            known = self._artifacts.get(progress.stage)
-            if known is not None:
-                update_progress_artifact(known, percent, description=text)
-                return
-            key = artifact_key(progress.stage, "progress")
-            made = create_progress_artifact(percent, key=key, description=text)
-            assert isinstance(made, UUID)  # and no coroutine, outside of an event loop
+        known = self._artifacts.get(progress.stage)
+        if known is not None:
+            tell_prefect(
+                "progress", lambda: update_progress_artifact(known, percent, description=text)
+            )
+            return
+        key = artifact_key(progress.stage, "progress")
+        made = tell_prefect(
+            "progress", lambda: create_progress_artifact(percent, key=key, description=text)
+        )
+        if isinstance(made, UUID):
             self._artifacts[progress.stage] = made
-        except API_ERRORS as error:
-            self._reachable = False
-            _log.warning("progress is no longer reported to Prefect: %s", error)
 
 
 def artifact_key(*parts: str) -> str:

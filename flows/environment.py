@@ -25,6 +25,7 @@ ALWAYS: Mapping[str, str] = {
 
 WITHOUT_SERVER: Mapping[str, str] = {
     "PREFECT_LOGGING_LEVEL": "WARNING",
+    "PREFECT_LOGGING_TO_API_ENABLED": "false",  # nobody can look at that server's logs
     # Nobody restarts a server that lives inside this process's run: two tries, not minutes.
     "PREFECT_CLIENT_MAX_RETRIES": "2",
 }
