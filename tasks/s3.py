@@ -63,6 +63,8 @@ MAX_ATTEMPTS: Final = 6
 MAX_DELAY_S: Final = 20.0
 STALE_UPLOAD_S: Final = 24 * 3600.0
 
+_jitter = random.Random()  # noqa: S311 - of its own: the caller's random state is not touched
+
 
 class S3Store:
     """The objects under `prefix` in a bucket. The bucket must exist."""
@@ -289,13 +291,17 @@ class S3Store:
         """Abort multipart uploads that began more than a day ago."""
         start = f"{self.prefix}/" if self.prefix else ""
         num_aborted = 0
-        with self._errors(""):
+        try:
             pages = _client().get_paginator("list_multipart_uploads")
             for page in pages.paginate(Bucket=self.bucket, Prefix=start):
                 for upload in page.get("Uploads", []):
                     if time.time() - upload["Initiated"].timestamp() > STALE_UPLOAD_S:
                         self._abort(upload["Key"], upload["UploadId"])
                         num_aborted += 1
+        except ClientError as error:  # denied, or unknown to the server: tidiness is no duty
+            log.debug("%s: uploads are not listed: %s", self.uri, error.response["Error"])
+        except BotoCoreError as error:
+            raise self._error(error, "") from error
         return num_aborted
 
     # --- errors
@@ -393,7 +399,7 @@ def _status(error: ClientError) -> int:
 
 def _delay_s(attempt: int) -> float:
     """Doubling from half a second on, with full jitter, like botocore's own."""
-    return random.random() * min(2.0**attempt / 2, MAX_DELAY_S)  # noqa: S311 - no secret
+    return _jitter.random() * min(2.0**attempt / 2, MAX_DELAY_S)
 
 
 def _multipart_etag(parts: Parts) -> str:

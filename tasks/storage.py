@@ -370,7 +370,7 @@ def sweep_temporaries(folder: Path) -> int:
             if _abandoned(path):
                 path.unlink()
                 num_removed += 1
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):  # gone by now, or another user's
             continue
     return num_removed
 

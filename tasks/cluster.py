@@ -1,0 +1,565 @@
+"""The Ray session, and items worked on by a pool of Ray actors.
+
+A pool's actor has one item in flight, so that a dying process is blamed on exactly one item. Actors
+do not restart by themselves: a new one replaces the dead one here, and who killed too many is given
+up. (Ray Data restarts for ever, or drops whole blocks, on such an item.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import logging
+import os
+import random
+import re
+import secrets
+import shutil
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Generic, Literal, Protocol, TypeVar
+
+from kpmask.config import Cluster
+from kpmask.errors import ConfigError, ItemError, KpmaskError, RunFailed
+from kpmask.records import Failure, Progress
+
+log = logging.getLogger(__name__)
+
+OBJECT_STORE_BYTES: Final = 512 * 2**20  # records and small arrays only: pixels travel in files
+SHARED_MEMORY_FRACTION: Final = 0.8
+BACKOFF_S: Final = 0.5  # before the second attempt; doubles with each
+MAX_BACKOFF_S: Final = 30.0
+MAX_WAIT_S: Final = 5.0
+MAX_START_DEATHS: Final = 3
+MAX_CAUSE_CHARACTERS: Final = 500
+FORWARDED_PREFIXES: Final = ("AWS_", "KPMASK_")
+
+_jitter = random.Random()  # noqa: S311 - of its own: the caller's random state is not touched
+
+# --- session ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def ray_session(num_cpus: int | None = None) -> Iterator[None]:
+    """Ray for the duration: the cluster at RAY_ADDRESS, else one of our own on this machine.
+
+    A local one listens on the loopback interface only and is gone afterwards. One that is
+    initialised already is used and left alone.
+
+    Args:
+        num_cpus: of a local one; None for all.
+
+    Raises:
+        ConfigError: RAY_ADDRESS cannot be used.
+    """
+    with _environment({"RAY_USAGE_STATS_ENABLED": "0"}):
+        import ray
+
+        if ray.is_initialized():
+            yield
+            return
+        address = os.environ.get("RAY_ADDRESS", "")
+        with contextlib.nullcontext() if address else _loopback():
+            _start(address, num_cpus)
+            try:
+                yield
+            finally:
+                ray.shutdown()
+
+
+def _start(address: str, num_cpus: int | None) -> None:
+    import ray
+
+    # Ray stretches the driver's logging otherwise, and prints every worker's lines.
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if not address or address == "local":
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            object_store_memory=_object_store_bytes(),
+            **quiet,
+        )
+        return
+    if address.startswith("ray://"):
+        raise ConfigError(
+            "Ray Client connections do not survive a lost connection",
+            subject="RAY_ADDRESS",
+            hint="run on a node of the cluster with RAY_ADDRESS=auto, or submit a Ray job",
+        )
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"no Ray cluster answers at {address}: {_first_line(error)}",
+            subject="RAY_ADDRESS",
+            hint="start one (ray start --head), or unset it to use this machine",
+        ) from error
+
+
+def _object_store_bytes() -> int:
+    """A modest object store that fits into shared memory (Docker gives 64 MB by default)."""
+    try:
+        free_bytes = shutil.disk_usage("/dev/shm").free  # noqa: S108 - where Ray puts it
+    except OSError:
+        return OBJECT_STORE_BYTES
+    # Ray's minimum is 75 MB; below that it goes to /tmp by itself, only slower.
+    return max(80 * 2**20, min(OBJECT_STORE_BYTES, int(free_bytes * SHARED_MEMORY_FRACTION)))
+
+
+@contextmanager
+def _loopback() -> Iterator[None]:
+    """Settings that keep a local Ray to this machine and to this process tree."""
+    from ray._private import ray_constants
+    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
+
+    # The one switch that makes Ray take 127.0.0.1 for its node and bind to it.
+    settings = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    if not any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        # Else Ray writes a token into the home folder, which there may not be.
+        settings["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    enabled = ray_constants.ENABLE_RAY_CLUSTER  # read from the variable when Ray was imported
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        with _environment(settings):
+            AuthenticationTokenLoader.instance().reset_cache()
+            yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = enabled
+        AuthenticationTokenLoader.instance().reset_cache()
+
+
+@contextmanager
+def _environment(settings: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+# --- items -----------------------------------------------------------------------------------
+
+T = TypeVar("T")
+R = TypeVar("R")
+T_contra = TypeVar("T_contra", contravariant=True)
+R_co = TypeVar("R_co", covariant=True)
+
+
+class Worker(Protocol[T_contra, R_co]):
+    """What runs in an actor: made once, then given one item after another."""
+
+    def process(self, item: T_contra, /) -> R_co: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome(Generic[T, R]):
+    """What became of an item: a result or a failure."""
+
+    item: T
+    result: R | None
+    failure: Failure | None
+
+
+def run_items(
+    items: Sequence[T],
+    worker: type[Worker[T, R]],
+    worker_args: tuple[Any, ...],
+    *,
+    key: Callable[[T], str],
+    stage: str,
+    cluster: Cluster,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Iterator[Outcome[T, R]]:
+    """Work on items in actors, each with a `worker(*worker_args)`; outcomes as they come.
+
+    - An `ItemError` is the item's `Failure`; where a retry can help it is tried again with
+      back-off, `cluster.max_attempts` times in all. An exception that is no `KpmaskError` is a
+      `Failure` of code `bug`.
+    - An item whose process died `cluster.max_deaths` times is a `Failure` of code `worker_died`;
+      one that takes longer than `cluster.item_timeout_s` is a `Failure` of code `timeout`.
+    - Any other `KpmaskError` ends the run: what is in flight settles and is yielded, then it is
+      raised.
+    - Our AWS and KPMASK variables are set in the workers, wherever they run.
+
+    When the caller stops early (`close`, Ctrl-C) the actors are killed. Needs `ray_session`.
+
+    Args:
+        items: any number; only those in flight are held here.
+        key: the item's name in a `Failure`.
+        stage: the stage's name in a `Failure` and in `Progress`.
+        cluster: workers, their resources and the limits.
+        on_progress: called after every outcome.
+
+    Raises:
+        ConfigError: the cluster has not the resources for one worker.
+        RunFailed: no worker starts.
+    """
+    if not items:
+        return
+    pool = _Pool(items, worker, worker_args, key, stage, cluster)
+    num_failed = 0
+    try:
+        for number, outcome in enumerate(pool.outcomes(), start=1):
+            num_failed += outcome.failure is not None
+            if on_progress:
+                message = f"{num_failed} failed" if num_failed else ""
+                on_progress(Progress(stage, number, len(items), message))
+            yield outcome
+    finally:
+        pool.kill()
+
+
+@dataclass(frozen=True, slots=True)
+class _Reply:
+    """What an actor's method returns. Exceptions travel in it as data, so that one that does not
+    pickle can do no harm and that what `ray.get` raises is about processes only."""
+
+    kind: Literal["result", "item", "abort", "bug"]
+    value: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    """Environment variables for a worker; not shown, for there are secrets among them."""
+
+    variables: Mapping[str, str] = field(repr=False)
+
+
+class _Host:
+    """The actor: holds a worker, and answers with `_Reply`."""
+
+    def __init__(self, settings: _Settings) -> None:
+        os.environ.update(settings.variables)
+        self._worker: Worker[Any, Any] | None = None
+
+    def up(self) -> None:
+        """Returns as soon as the process runs."""
+
+    def start(self, worker: type[Worker[Any, Any]], worker_args: tuple[Any, ...]) -> _Reply:
+        def make() -> None:
+            self._worker = worker(*worker_args)
+
+        return _reply_of(make)
+
+    def process(self, item: Any) -> _Reply:  # noqa: ANN401 - the worker's own type
+        assert self._worker is not None
+        worker = self._worker
+        return _reply_of(lambda: worker.process(item))
+
+
+def _reply_of(call: Callable[[], Any]) -> _Reply:
+    try:
+        return _Reply("result", call())
+    except ItemError as error:
+        return _Reply("item", error)
+    except KpmaskError as error:
+        return _Reply("abort", error)
+    except Exception as error:
+        log.exception("unexpected")
+        return _Reply("bug", _bug_text(error))
+
+
+def _bug_text(error: Exception) -> str:
+    """Type, message, and the place of ours where it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    return _shortened(f"{type(error).__name__}: {error}{place}")
+
+
+@dataclass(slots=True, eq=False)
+class _Task(Generic[T]):
+    """An item on its way. `attempts` counts its starts."""
+
+    index: int
+    item: T
+    attempts: int = 0
+    deaths: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Slot(Generic[T]):
+    """An actor and what it is doing: coming up, starting its worker, or a task."""
+
+    actor: Any
+    phase: Literal["up", "start", "process"] = "up"
+    task: _Task[T] | None = None
+    deadline: float = float("inf")  # by time.monotonic()
+
+
+class _Pool(Generic[T, R]):
+    """The dispatcher. All its state is about what is in flight or waits for another attempt."""
+
+    def __init__(
+        self,
+        items: Sequence[T],
+        worker: type[Worker[T, R]],
+        worker_args: tuple[Any, ...],
+        key: Callable[[T], str],
+        stage: str,
+        cluster: Cluster,
+    ) -> None:
+        import ray
+
+        self._fresh = enumerate(items)
+        self._num_left = len(items)  # not yet an outcome
+        self._key, self._stage, self._cluster = key, stage, cluster
+        # One copy in the object store, however many actors fetch it.
+        self._start_args = (ray.put(worker), ray.put(worker_args))
+        self._num_workers = _num_workers(cluster, len(items))
+        self._slots: dict[Any, _Slot[T]] = {}  # by the reference that is waited for
+        self._idle: list[_Slot[T]] = []
+        self._waiting: list[tuple[float, int, _Task[T]]] = []  # a heap by time
+        self._start_deaths = 0
+        self._abort: KpmaskError | None = None
+        self._ready: list[Outcome[T, R]] = []
+
+    def outcomes(self) -> Iterator[Outcome[T, R]]:
+        for _ in range(self._num_workers):
+            self._add_actor()
+        while self._num_left and not self._settled():
+            self._dispatch()
+            for reference in self._wait():
+                self._handle(self._slots.pop(reference), reference)
+            self._kill_late()
+            self._dispatch()  # before the caller works on what follows
+            while self._ready:
+                yield self._ready.pop(0)
+        if self._abort:
+            raise self._abort
+
+    def _settled(self) -> bool:
+        """Whether the run was aborted and nothing is in flight any more."""
+        return self._abort is not None and not any(slot.task for slot in self._slots.values())
+
+    # --- sending
+
+    def _add_actor(self) -> None:
+        import ray
+
+        variables = {k: v for k, v in os.environ.items() if k.startswith(FORWARDED_PREFIXES)}
+        host: Any = ray.remote(
+            num_cpus=self._cluster.cpus_per_worker,
+            num_gpus=self._cluster.gpus_per_worker,
+            max_restarts=0,
+            max_task_retries=0,
+        )(_Host)
+        actor = host.remote(_Settings(variables))
+        self._slots[actor.up.remote()] = _Slot(actor)
+
+    def _dispatch(self) -> None:
+        while self._idle and not self._abort:
+            task = self._next_task()
+            if task is None:
+                return
+            slot = self._idle.pop()
+            task.attempts += 1
+            slot.phase, slot.task = "process", task
+            slot.deadline = time.monotonic() + self._cluster.item_timeout_s
+            self._slots[slot.actor.process.remote(task.item)] = slot
+
+    def _next_task(self) -> _Task[T] | None:
+        if self._waiting and self._waiting[0][0] <= time.monotonic():
+            return heapq.heappop(self._waiting)[2]
+        for index, item in self._fresh:
+            return _Task(index, item)
+        return None
+
+    # --- receiving
+
+    def _wait(self) -> list[Any]:
+        import ray
+
+        now = time.monotonic()
+        until = [slot.deadline for slot in self._slots.values()]
+        if self._idle and self._waiting:
+            until.append(self._waiting[0][0])
+        timeout_s = min(max(min(until, default=now) - now, 0.01), MAX_WAIT_S)
+        if not self._slots:  # every actor is idle until a back-off is over
+            time.sleep(timeout_s)
+            return []
+        references = list(self._slots)
+        if not ray.wait(references, num_returns=1, timeout=timeout_s)[0]:
+            return []
+        # All that is there, so that nothing finished is taken for late.
+        return list(ray.wait(references, num_returns=len(references), timeout=0)[0])
+
+    def _handle(self, slot: _Slot[T], reference: Any) -> None:  # noqa: ANN401 - an ObjectRef
+        import ray
+        from ray import exceptions
+
+        try:
+            reply = ray.get(reference)
+        except exceptions.RayTaskError as error:  # the answer could not be sent, say
+            reply = _Reply("bug", _shortened(f"{type(error.cause).__name__}: {error.cause}"))
+        except exceptions.RayError as error:
+            self._buried(slot, error)
+            return
+        if slot.phase == "up":
+            slot.phase = "start"
+            slot.deadline = time.monotonic() + self._cluster.item_timeout_s
+            self._slots[slot.actor.start.remote(*self._start_args)] = slot
+        elif slot.phase == "start":
+            self._started(slot, reply)
+        else:
+            self._processed(slot, reply)
+
+    def _started(self, slot: _Slot[T], reply: _Reply) -> None:
+        if reply.kind == "result":
+            self._release(slot)
+        elif isinstance(reply.value, KpmaskError):
+            self._abort = self._abort or reply.value
+        else:
+            self._fail_start(reply.value)
+
+    def _processed(self, slot: _Slot[T], reply: _Reply) -> None:
+        task = slot.task
+        assert task is not None
+        self._release(slot)
+        if reply.kind == "result":
+            self._finish(task, result=reply.value)
+        elif reply.kind == "abort":
+            self._abort = self._abort or reply.value
+        elif reply.kind == "bug":
+            self._fail(task, "bug", reply.value)
+        else:
+            error: ItemError = reply.value
+            if error.retryable and task.attempts < self._cluster.max_attempts:
+                self._retry(task)
+            else:
+                self._fail(task, error.code, _item_cause(error), retryable=error.retryable)
+
+    def _release(self, slot: _Slot[T]) -> None:
+        slot.task, slot.deadline = None, float("inf")
+        self._idle.append(slot)
+
+    def _retry(self, task: _Task[T]) -> None:
+        delay_s = min(BACKOFF_S * 2.0 ** (task.attempts - 1), MAX_BACKOFF_S)
+        delay_s *= _jitter.uniform(0.5, 1.0)  # so that retries do not come together
+        heapq.heappush(self._waiting, (time.monotonic() + delay_s, task.index, task))
+
+    def _finish(self, task: _Task[T], *, result: R) -> None:
+        self._num_left -= 1
+        self._ready.append(Outcome(task.item, result, None))
+
+    def _fail(self, task: _Task[T], code: str, cause: str, *, retryable: bool = False) -> None:
+        self._num_left -= 1
+        failure = Failure(
+            item=self._key(task.item),
+            stage=self._stage,
+            code=code,
+            cause=cause,
+            retryable=retryable,
+            attempts=task.attempts,
+        )
+        self._ready.append(Outcome(task.item, None, failure))
+
+    # --- death
+
+    def _buried(self, slot: _Slot[T], error: Exception) -> None:
+        """An actor died (or cannot be reached, and is killed to be sure): replace it."""
+        _kill(slot.actor)
+        cause = _death_cause(error)
+        log.warning("%s: a worker died: %s", self._stage, cause)
+        if slot.task is None:
+            self._start_deaths += 1
+            if self._start_deaths >= MAX_START_DEATHS:
+                self._fail_start(cause)
+        else:
+            self._start_deaths = 0
+            self._blame(slot.task, error, cause)
+        if not self._abort:
+            self._add_actor()
+
+    def _blame(self, task: _Task[T], error: Exception, cause: str) -> None:
+        task.deaths += not getattr(error, "preempted", False)  # the machine was taken away
+        if task.deaths >= self._cluster.max_deaths:
+            self._fail(task, "worker_died", cause, retryable=True)
+        else:
+            self._retry(task)
+
+    def _fail_start(self, cause: str) -> None:
+        self._abort = self._abort or RunFailed(
+            f"the workers do not start: {cause}", subject=self._stage, code="no_output"
+        )
+
+    def _kill_late(self) -> None:
+        now = time.monotonic()
+        for reference, slot in list(self._slots.items()):
+            if slot.deadline > now:
+                continue
+            del self._slots[reference]
+            _kill(slot.actor)
+            cause = f"not finished after {self._cluster.item_timeout_s:g} s"
+            if slot.task is None:
+                self._fail_start(cause)
+            else:
+                self._fail(slot.task, "timeout", cause, retryable=True)
+            if not self._abort:
+                self._add_actor()
+
+    def kill(self) -> None:
+        """End every actor at once, whatever it is doing."""
+        for slot in [*self._slots.values(), *self._idle]:
+            _kill(slot.actor)
+        self._slots.clear()
+        self._idle.clear()
+
+
+def _num_workers(cluster: Cluster, num_items: int) -> int:
+    import ray
+
+    resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    fits = resources.get("CPU", 0.0) / cluster.cpus_per_worker
+    if cluster.gpus_per_worker:
+        fits = min(fits, resources.get("GPU", 0.0) / cluster.gpus_per_worker)
+    if fits < 1:
+        raise ConfigError(
+            f"Ray has {resources.get('CPU', 0.0):g} CPUs and {resources.get('GPU', 0.0):g} GPUs; "
+            f"a worker wants {cluster.cpus_per_worker:g} and {cluster.gpus_per_worker:g}",
+            subject="cluster",
+            hint="lower cpus_per_worker or gpus_per_worker",
+        )
+    return min(cluster.num_workers or int(fits), num_items)
+
+
+def _kill(actor: Any) -> None:  # noqa: ANN401 - an ActorHandle
+    import ray
+
+    # Ray may be down already, when the session ends before the caller's generator is collected.
+    with contextlib.suppress(ray.exceptions.RayError, RuntimeError, ValueError):
+        ray.kill(actor, no_restart=True)
+
+
+def _item_cause(error: ItemError) -> str:
+    """The error's text without its subject, which the failure names already."""
+    return _shortened(f"{error.cause} ({error.hint})" if error.hint else error.cause)
+
+
+def _death_cause(error: Exception) -> str:
+    """How the process ended, out of Ray's long story."""
+    text = str(error)
+    detail = re.search(
+        r"exit type: (\w+)\s+Worker exit detail: (.+?)(?= Some common causes|$)", text
+    )
+    if detail:
+        return _shortened(f"the worker process died: {detail[1]}: {detail[2]}")
+    return _shortened(f"the worker process died: {type(error).__name__}: {_first_line(error)}")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _shortened(text: str) -> str:
+    over = len(text) > MAX_CAUSE_CHARACTERS
+    return f"{text[: MAX_CAUSE_CHARACTERS - 1]}…" if over else text

@@ -1,0 +1,220 @@
+"""Tables of records and the ledger of a running stage, in an object store.
+
+Equal records give equal bytes: tables are written with fixed settings and without a time, JSON with
+sorted keys. A table is written once, at the end; until then a `Journal` keeps what is done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import logging
+import re
+import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, Generic, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kpmask.errors import DatasetError, RunFailed, StorageError
+from kpmask.records import Failure, as_dict, digest, from_table, to_table
+from tasks.storage import ObjectStore
+
+log = logging.getLogger(__name__)
+
+R = TypeVar("R")
+
+NUM_CODES_NAMED: Final = 3
+JOURNAL_THREADS: Final = 16
+
+
+# --- tables ----------------------------------------------------------------------------------
+
+
+def write_table(
+    store: ObjectStore,
+    key: str,
+    records: Sequence[R],
+    record_type: type[R],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Publish records as a Parquet table; `metadata` (a settings digest, say) goes into it."""
+    table = to_table(records, record_type, dict(sorted((metadata or {}).items())))
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd", version="2.6")
+    store.put(key, sink.getvalue())
+
+
+def read_table(store: ObjectStore, key: str, record_type: type[R]) -> list[R]:
+    """The records of a table.
+
+    Raises:
+        StorageError: `not_found` and the like.
+        DatasetError: not a Parquet file, or not of this record type.
+    """
+    try:
+        return from_table(pq.read_table(io.BytesIO(store.get(key))), record_type)
+    except (pa.ArrowInvalid, ValueError) as error:
+        raise DatasetError(f"not a table: {error}", subject=f"{store.uri}/{key}") from error
+
+
+def read_table_if_any(store: ObjectStore, key: str, record_type: type[R]) -> list[R] | None:
+    """`read_table`, or None where there is no such object."""
+    try:
+        return read_table(store, key, record_type)
+    except StorageError as error:
+        if error.code == "not_found":
+            return None
+        raise
+
+
+def read_table_metadata(store: ObjectStore, key: str) -> dict[str, str]:
+    """What `write_table` was given as metadata, and the record's name and schema version."""
+    try:
+        schema = pq.read_schema(io.BytesIO(store.get(key)))
+    except (pa.ArrowInvalid, ValueError) as error:
+        raise DatasetError(f"not a table: {error}", subject=f"{store.uri}/{key}") from error
+    return {k.decode(): v.decode() for k, v in (schema.metadata or {}).items()}
+
+
+# --- JSON ------------------------------------------------------------------------------------
+
+
+def write_json(store: ObjectStore, key: str, value: Any) -> None:  # noqa: ANN401 - JSON or record
+    """Publish a JSON value, or a record, in one fixed form."""
+    if dataclasses.is_dataclass(value):
+        value = as_dict(value)
+    text = json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
+    store.put(key, f"{text}\n".encode())
+
+
+def read_json(store: ObjectStore, key: str) -> Any:  # noqa: ANN401 - any JSON value
+    """The value of a JSON object in the store.
+
+    Raises:
+        StorageError: `not_found` and the like.
+        DatasetError: it is not JSON.
+    """
+    try:
+        return json.loads(store.get(key))
+    except ValueError as error:
+        raise DatasetError(f"not JSON: {error}", subject=f"{store.uri}/{key}") from error
+
+
+# --- failures --------------------------------------------------------------------------------
+
+
+def check_failures(failures: Sequence[Failure], total: int, max_failed_fraction: float) -> None:
+    """End the run when more than a fraction of its items failed.
+
+    Raises:
+        RunFailed: code `too_many_failures`, naming the commonest codes and the first cause.
+    """
+    if not failures or len(failures) <= max_failed_fraction * total:
+        return
+    codes = Counter(failure.code for failure in failures).most_common()
+    named = ", ".join(f"{count} x {code}" for code, count in codes[:NUM_CODES_NAMED])
+    more = f" and {len(codes) - NUM_CODES_NAMED} other codes" * (len(codes) > NUM_CODES_NAMED)
+    first = next(failure for failure in failures if failure.code == codes[0][0])
+    raise RunFailed(
+        f"{len(failures)} of {total} items failed: {named}{more}; "
+        f"for one, {first.item}: {first.cause}",
+        code="too_many_failures",
+        hint=f"max_failed_fraction allows {max_failed_fraction:g}",
+    )
+
+
+# --- journal ---------------------------------------------------------------------------------
+
+
+class Journal(Generic[R]):
+    """What a running stage has finished, so that a rerun subtracts it.
+
+    One small object per item: what `add` returned from survives any death of ours, drivers do not
+    overwrite one another, and there is no state but the objects. (Batches would need fewer requests
+    but lose, with a killed run, items that took minutes each. An entry costs a millisecond in a
+    folder; 10,000 are read back in seconds.)
+
+    An id should digest everything that shapes the item's result, or `prefix` should, so that an
+    entry is never taken for one of another setting. An entry that cannot be read is logged and
+    counts as not there: its item is done again.
+    """
+
+    def __init__(self, store: ObjectStore, prefix: str, record_type: type[R]) -> None:
+        self._root = store
+        self._store = store.child(prefix)
+        self._record_type = record_type
+        self._read: tuple[dict[str, R], dict[str, Failure]] | None = None
+        self._lock = threading.Lock()
+
+    def done(self) -> dict[str, R]:
+        """The finished items' records by id. Also sweeps what a killed run left half written."""
+        return dict(self._entries()[0])
+
+    def failures(self) -> dict[str, Failure]:
+        """The failed items by id."""
+        return dict(self._entries()[1])
+
+    def add(self, item_id: str, record: R) -> None:
+        """Record a finished item; an earlier failure of it is forgotten."""
+        self._put("done", item_id, as_dict(record))
+        done, failures = self._entries()
+        done[item_id] = record
+        if failures.pop(item_id, None):
+            self._store.delete(_entry_key("failed", item_id))
+
+    def add_failure(self, item_id: str, failure: Failure) -> None:
+        """Record a failed item."""
+        self._put("failed", item_id, as_dict(failure))
+        self._entries()[1][item_id] = failure
+
+    def clear(self) -> None:
+        """Remove the journal, once the manifest that holds its content is published."""
+        with ThreadPoolExecutor(JOURNAL_THREADS) as pool:
+            for _ in pool.map(self._store.delete, [info.key for info in self._store.list()]):
+                pass
+        self._read = ({}, {})
+
+    def _put(self, kind: str, item_id: str, record: dict[str, Any]) -> None:
+        entry = json.dumps({"id": item_id, "record": record}, sort_keys=True)
+        self._store.put(_entry_key(kind, item_id), entry.encode())
+
+    def _entries(self) -> tuple[dict[str, R], dict[str, Failure]]:
+        with self._lock:
+            if self._read is None:
+                self._root.sweep()
+                self._read = (
+                    self._load("done", self._record_type),
+                    self._load("failed", Failure),
+                )
+                for item_id in self._read[0]:
+                    self._read[1].pop(item_id, None)
+            return self._read
+
+    def _load(self, kind: str, record_type: type[Any]) -> dict[str, Any]:
+        def load(key: str) -> tuple[str, Any] | None:
+            try:
+                return _parsed(self._store.get(key), record_type)
+            except (ValueError, TypeError, KeyError) as error:
+                log.warning("%s/%s is unreadable and left out: %s", self._store.uri, key, error)
+                return None
+
+        keys = [info.key for info in self._store.list(f"{kind}/")]
+        with ThreadPoolExecutor(JOURNAL_THREADS) as pool:
+            return dict(entry for entry in pool.map(load, keys) if entry)
+
+
+def _entry_key(kind: str, item_id: str) -> str:
+    plain = re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}", item_id)
+    return f"{kind}/{item_id if plain else digest(item_id)}.json"
+
+
+def _parsed(data: bytes, record_type: type[R]) -> tuple[str, R]:
+    entry = json.loads(data)
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in entry["record"].items()}
+    return str(entry["id"]), record_type(**fields)
