@@ -1,0 +1,40 @@
+"""Static HTML pages: dataset, training run, gallery, evaluation, and a demonstration's front.
+
+- A page is one self-contained file that works from a folder or any static server: styles and
+  script are inside, nothing is fetched from elsewhere, and its content security policy says so.
+- Functions are pure: records in, HTML out. Pictures and videos are given as paths relative to the
+  page (not yet percent-encoded) or as `data:` URIs.
+- Everything shown is escaped: names come from file names and tables that strangers wrote.
+- Pages are bounded: beyond `limit` rows the page says how many there are and where.
+
+    dataset_page     contact sheet, counts, identities, failures
+    run_page         loss curve, phases, samples, settings
+    gallery_page     source, driving and result side by side, playing
+    evaluation_page  methods x metrics, plots, scores of each video
+    demo_page        the four parts on one front page
+    loss_curve_svg   the curve of `run_page`
+    picture_uri      an image array as a small `data:` URI
+"""
+
+from __future__ import annotations
+
+from kpmask.report.dataset import dataset_page
+from kpmask.report.demo import Command, Link, demo_page
+from kpmask.report.evaluation import evaluation_page
+from kpmask.report.gallery import GalleryMedia, gallery_page
+from kpmask.report.page import picture_uri, relative_url
+from kpmask.report.run import loss_curve_svg, run_page
+
+__all__ = [
+    "Command",
+    "GalleryMedia",
+    "Link",
+    "dataset_page",
+    "demo_page",
+    "evaluation_page",
+    "gallery_page",
+    "loss_curve_svg",
+    "picture_uri",
+    "relative_url",
+    "run_page",
+]

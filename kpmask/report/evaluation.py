@@ -1,0 +1,251 @@
+"""The page of an evaluation: methods x metrics, plots, scores of each video."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from kpmask.records import Failure, MetricInfo, ScoreSummary, ScoreTable, VideoScore
+from kpmask.report.gallery import GalleryMedia, Item
+from kpmask.report.page import Tile, failure_tile, failure_values, figure, num, render
+
+METHODS: Final[Mapping[str, str]] = {"model": "this model", "copy": "copy of the source"}
+METRICS: Final[Mapping[str, tuple[str, str]]] = {
+    "l1": ("L1", "Mean absolute difference of pixels in [0, 1], frame 0 left out."),
+    "l1_with_first": (
+        "L1 with first",
+        "L1 with frame 0 counted, as the papers' published code has it.",
+    ),
+    "l1_moving": (
+        "L1 moving",
+        "L1 over the pixels that differ from the source: those that move.",
+    ),
+    "ssim": ("SSIM", "Structural similarity; 1 for equal pictures."),
+}
+MAX_DOTS: Final = 600
+LEFT, RIGHT, BASE = 14, 346, 86  # of a plot, in units of its view box
+
+
+@dataclass(frozen=True, slots=True)
+class MetricColumn:
+    """A metric as it is shown."""
+
+    info: MetricInfo
+    label: str
+    text: str
+    summary: ScoreSummary | None
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self.info.higher_is_better
+
+
+@dataclass(frozen=True, slots=True)
+class _Cell:
+    summary: ScoreSummary | None
+    best: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MethodRow:
+    name: str
+    cells: Sequence[_Cell]
+
+
+@dataclass(frozen=True, slots=True)
+class _VideoRow:
+    clip_id: str
+    name: str
+    scores: Sequence[float | None]
+    num_frames: int
+
+
+def evaluation_page(
+    *,
+    title: str,
+    table: ScoreTable,
+    scores: Sequence[VideoScore],
+    failures: Sequence[Failure],
+    media: Mapping[str, GalleryMedia] | None = None,
+    note: str = "",
+    limit: int = 2000,
+    home: str | None = None,
+) -> str:
+    """The page of an evaluation.
+
+    Args:
+        scores: one for each video, metric and method.
+        media: by clip id, to show the best, middle and worst videos by the first metric;
+            `driving` is the true video.
+        note: what else a reader should know.
+        limit: of rows in the table of videos.
+        home: link of an overview page.
+    """
+    columns = metric_columns(table)
+    rows = _video_rows(columns, scores)
+    tiles = [Tile(figure(c.summary.mean), c.label) for c in columns if c.summary is not None]
+    return render(
+        "evaluation.html",
+        title=title,
+        kind="evaluation",
+        home=home,
+        note=note,
+        table=table,
+        tiles=[Tile(num(table.num_videos), "videos"), *tiles, failure_tile(table.num_failures)],
+        metrics=columns,
+        methods=method_rows(table),
+        frame={"left": LEFT, "right": RIGHT, "base": BASE, "width": 360, "height": 112},
+        plots=[_plot(column, table, scores) for column in columns] if rows else [],
+        examples=_examples(columns, rows, media or {}),
+        videos=rows[:limit],
+        hidden_videos=max(0, len(rows) - limit),
+        **failure_values(failures),
+    )
+
+
+def metric_columns(table: ScoreTable) -> list[MetricColumn]:
+    """The columns of a table of methods x metrics."""
+    mine = {s.metric: s for s in table.summaries if s.method == "model"}
+    columns = []
+    for info in table.metrics:
+        label, text = METRICS.get(info.name, (info.name, ""))
+        columns.append(MetricColumn(info, label, text, mine.get(info.name)))
+    return columns
+
+
+def method_rows(table: ScoreTable) -> list[MethodRow]:
+    """Methods x metrics; the best of a column is marked when there is something to compare."""
+    found = {(s.method, s.metric): s for s in table.summaries}
+    best: dict[str, float] = {}
+    for info in table.metrics:
+        means = [s.mean for s in table.summaries if s.metric == info.name]
+        finite = [mean for mean in means if math.isfinite(mean)]
+        if len(finite) > 1:
+            best[info.name] = max(finite) if info.higher_is_better else min(finite)
+    rows = []
+    for method in dict.fromkeys(s.method for s in table.summaries):
+        cells = [found.get((method, info.name)) for info in table.metrics]
+        marked = [_Cell(s, s is not None and s.mean == best.get(s.metric)) for s in cells]
+        rows.append(MethodRow(METHODS.get(method, method), marked))
+    return rows
+
+
+def _video_rows(columns: Sequence[MetricColumn], scores: Sequence[VideoScore]) -> list[_VideoRow]:
+    found: dict[str, dict[str, VideoScore]] = defaultdict(dict)
+    for score in scores:
+        if score.method == "model":
+            found[score.clip_id][score.metric] = score
+    rows = []
+    for clip_id, by_metric in found.items():
+        row = [by_metric.get(column.info.name) for column in columns]
+        name = next(iter(by_metric.values())).name
+        num_frames = max(score.num_frames for score in by_metric.values())
+        values = [None if score is None else score.value for score in row]
+        rows.append(_VideoRow(clip_id, name, values, num_frames))
+    return sorted(rows, key=lambda row: (row.name, row.clip_id))
+
+
+def _examples(
+    columns: Sequence[MetricColumn], rows: Sequence[_VideoRow], media: Mapping[str, GalleryMedia]
+) -> list[Item]:
+    """The best, the middle and the worst video of those that can be shown, by the first metric."""
+    if not columns:
+        return []
+    scored = [(row.scores[0], row) for row in rows if row.clip_id in media]
+    ranked = [(value, row) for value, row in scored if value is not None and math.isfinite(value)]
+    ranked.sort(key=lambda pair: pair[0], reverse=columns[0].higher_is_better)
+    places = {0: "best", len(ranked) // 2: "middle", len(ranked) - 1: "worst"}
+    places.update({0: "best"} if ranked else {})
+    items = []
+    for place, word in sorted(places.items()) if ranked else ():
+        value, row = ranked[place]
+        line = f"{word}: {columns[0].label} {figure(value)}"
+        items.append(Item(name=row.name, media=media[row.clip_id], lines=[line]))
+    return items
+
+
+# --- plots: lengths are units of the drawing's view box --------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    x: float
+    label: str
+    value: float
+    style: str
+    y: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Tick:
+    x: float
+    label: str
+    anchor: str
+
+
+@dataclass(frozen=True, slots=True)
+class _MeanBar:
+    label: str
+    text: str
+    width: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Plot:
+    """A strip plot of one metric, and a bar for each method's mean."""
+
+    metric: MetricColumn
+    low: float
+    high: float
+    dots: Sequence[_Mark]
+    lines: Sequence[_Mark]
+    ticks: Sequence[_Tick]
+    bars: Sequence[_MeanBar]
+
+
+def _plot(column: MetricColumn, table: ScoreTable, scores: Sequence[VideoScore]) -> _Plot:
+    name = column.info.name
+    mine = [s for s in scores if s.metric == name and s.method == "model"]
+    mine = [s for s in mine if math.isfinite(s.value)]
+    summaries = [s for s in table.summaries if s.metric == name and math.isfinite(s.mean)]
+    values = [score.value for score in mine] + [summary.mean for summary in summaries]
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    spread = (high - low) or max(abs(high), 1.0) * 0.1
+    low, high = low - 0.05 * spread, high + 0.05 * spread
+
+    def x_of(value: float) -> float:
+        return round(LEFT + (RIGHT - LEFT) * (value - low) / (high - low), 2)
+
+    stride = max(1, math.ceil(len(mine) / MAX_DOTS))
+    dots = [
+        _Mark(x_of(s.value), s.name, s.value, "dot", y=round(22 + 52 * _jitter(s.clip_id), 2))
+        for s in mine[::stride]
+    ]
+    lines = [
+        _Mark(x_of(s.mean), METHODS[s.method], s.mean, "mean" if s.method == "model" else "other")
+        for s in summaries
+    ]
+    middle = (low + high) / 2
+    ticks = [
+        _Tick(x_of(value), figure(value), anchor)
+        for value, anchor in ((low, "start"), (middle, "middle"), (high, "end"))
+    ]
+    return _Plot(column, low, high, dots, lines, ticks, _mean_bars(summaries))
+
+
+def _mean_bars(summaries: Sequence[ScoreSummary]) -> list[_MeanBar]:
+    most = max((abs(s.mean) for s in summaries), default=1.0) or 1.0
+    full = RIGHT - LEFT
+    return [
+        _MeanBar(METHODS[s.method], figure(s.mean), round(max(1.0, full * abs(s.mean) / most), 2))
+        for s in summaries
+    ]
+
+
+def _jitter(text: str) -> float:
+    """A number in [0, 1] that follows from a text, so that dots do not hide one another."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") / 2**32
