@@ -1,0 +1,341 @@
+"""Animate an image with the motion of a driving video: arrays in, arrays out.
+
+- Work that depends on one image, or on one driving frame, is done once: `encode_source` and
+  `encode_driving` make states that may be kept, stored and used with each other freely.
+- Frames go through in chunks of `batch_size`, so that memory does not grow with the length of the
+  driving video, and every frame is computed by itself, so that the chunks do not show.
+- Images of any size come in; the largest centred square is taken and resized to the model's size,
+  as the datasets are cut. The result has the model's size.
+
+Tensor names end in axis letters: B batch, T time, C channel, H height, W width, K keypoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.spatial import ConvexHull, QhullError
+from torch import Tensor
+
+from kpmask import checkpoint
+from kpmask.errors import ConfigError
+from kpmask.media import images
+from kpmask.models.base import AnimationSystem, State
+from kpmask.records import Motion
+
+Frame = NDArray[np.uint8]  # HWC RGB
+Frames = NDArray[np.uint8]  # THWC RGB
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """How motion passes from the driving object to the source.
+
+    Attributes:
+        motion: absolute puts the source where the driving object is; relative moves it as the
+            driving object moved since an initial frame.
+        adapt_scale: scale relative motion by the two objects' sizes.
+        best_frame: the initial frame is the one whose pose is most like the source's, not the
+            first. Motion is measured from it both forwards and backwards.
+    """
+
+    motion: Motion = "absolute"
+    adapt_scale: bool = False
+    best_frame: bool = False
+
+    def check(self, system: AnimationSystem[Any, Any]) -> None:
+        """Raises:
+        ConfigError: the system lacks this motion, or an option means nothing with it.
+        """
+        if self.motion not in system.motions:
+            raise ConfigError(
+                f"this checkpoint supports {', '.join(sorted(system.motions))}, "
+                f"not {self.motion!r}",
+                subject="motion",
+            )
+        if self.motion == "absolute" and (self.adapt_scale or self.best_frame):
+            name = "adapt_scale" if self.adapt_scale else "best_frame"
+            raise ConfigError("needs motion = relative", subject=name)
+
+
+class Animator:
+    """A trained system, ready to animate."""
+
+    def __init__(
+        self, system: AnimationSystem[Any, Any], *, device: str = "auto", weights_sha256: str = ""
+    ) -> None:
+        """Args:
+        system: with its weights; it is moved to the device and put into eval mode.
+        device: auto (a GPU where there is one), cpu, cuda or cuda:N.
+
+        Raises:
+            ConfigError: there is no such device.
+        """
+        self.device = choose_device(device)
+        self.system = system.to(self.device).eval().requires_grad_(False)
+        self.weights_sha256 = weights_sha256
+
+    @classmethod
+    def load(cls, weights: str | Path, *, device: str = "auto") -> Self:
+        """An animator from a weights file.
+
+        Raises:
+            CheckpointError: the file is absent, broken or no weights file.
+            ConfigError: there is no such device.
+        """
+        loaded = checkpoint.load(Path(weights))
+        return cls(loaded.system, device=device, weights_sha256=loaded.sha256)
+
+    @property
+    def image_size_px(self) -> int:
+        """The side of the frames that it draws."""
+        return self.system.image_size_px
+
+    def animate(
+        self,
+        source_HWC: Frame,
+        driving_THWC: Frames,
+        *,
+        motion: Motion = "absolute",
+        adapt_scale: bool = False,
+        best_frame: bool = False,
+        batch_size: int = 8,
+    ) -> Frames:
+        """The whole result, uint8 [T, side, side, 3]; see `stream`."""
+        frames = self.stream(
+            source_HWC,
+            driving_THWC,
+            motion=motion,
+            adapt_scale=adapt_scale,
+            best_frame=best_frame,
+            batch_size=batch_size,
+        )
+        return np.stack(list(frames))
+
+    def stream(
+        self,
+        source_HWC: Frame,
+        driving: Iterable[Frame],
+        *,
+        motion: Motion = "absolute",
+        adapt_scale: bool = False,
+        best_frame: bool = False,
+        batch_size: int = 8,
+    ) -> Iterator[Frame]:
+        """One uint8 [side, side, 3] frame for every driving frame, as they come.
+
+        Args:
+            source_HWC: uint8 RGB.
+            driving: uint8 RGB frames, each HWC. With `best_frame` they are gone through twice.
+            motion, adapt_scale, best_frame: see `Transfer`.
+            batch_size: how many frames are computed together.
+
+        Raises:
+            ConfigError: see `Transfer.check`; raised before the first frame is read.
+            ValueError: not uint8 RGB, or `best_frame` with an iterator, which has only one pass.
+        """
+        transfer = Transfer(motion, adapt_scale, best_frame)
+        transfer.check(self.system)
+        if best_frame and iter(driving) is driving:
+            raise ValueError("best_frame goes through the driving frames twice; give a sequence")
+        source = self.encode_source(source_HWC)
+
+        def chunks() -> Iterator[State]:
+            return self.encode_chunks(driving, batch_size=batch_size)
+
+        return self.stream_states(source, chunks, transfer)
+
+    # --- states ------------------------------------------------------------------------------
+
+    def encode_source(self, source_HWC: Frame) -> State:
+        """All that depends on the source alone: a state of one entry."""
+        return self._encode(self.system.encode_source, [source_HWC])
+
+    def encode_driving(self, driving_THWC: Iterable[Frame]) -> State:
+        """All that depends on the driving frames alone: a state of T entries."""
+        return self._encode(self.system.encode_driving, driving_THWC)
+
+    def encode_chunks(self, driving: Iterable[Frame], *, batch_size: int) -> Iterator[State]:
+        """`encode_driving` of every `batch_size` frames; the last state may be shorter."""
+        for chunk in _batched(driving, batch_size):
+            yield self.encode_driving(chunk)
+
+    def stream_states(
+        self, source: State, chunks: Callable[[], Iterator[State]], transfer: Transfer
+    ) -> Iterator[Frame]:
+        """A frame for every driving entry.
+
+        Args:
+            source: a state of one entry.
+            chunks: starts a pass over the driving states; `best_frame` takes one pass more.
+            transfer: checked against the system already.
+        """
+        initial = None
+        if transfer.best_frame:
+            initial = best_frame(source, chunks())
+        for driving in chunks():
+            if initial is None:
+                initial = driving[:1]
+            yield from self.render_states(source, driving, initial=initial, transfer=transfer)
+
+    def render_states(
+        self, source: State, driving: State, *, initial: State | None, transfer: Transfer
+    ) -> Frames:
+        """Frames, uint8 THWC, of a source (1 entry) in the poses of driving states (T entries)."""
+        image_TCHW = self.render(source, driving, initial=initial, transfer=transfer)
+        return to_frames(image_TCHW)
+
+    @torch.inference_mode()
+    def render(
+        self,
+        source: State,
+        driving: State,
+        *,
+        initial: State | None = None,
+        transfer: Transfer = Transfer(),
+    ) -> Tensor:
+        """`render_states` before rounding: float32 TCHW in [0, 1], on the animator's device.
+
+        Args:
+            initial: what relative motion starts from, one entry.
+        """
+        source, driving = source.to(self.device), driving.to(self.device)
+        sources = source.repeat(len(driving))
+        if transfer.motion == "relative":
+            assert initial is not None
+            driving = self.system.relative_motion(
+                sources, driving, initial.to(self.device), adapt_scale=transfer.adapt_scale
+            )
+        image_TCHW: Tensor = self.system.render(sources, driving).image_BCHW
+        return image_TCHW
+
+    def source_state(self, tensors: Mapping[str, Tensor]) -> State:
+        """A source state from its stored tensors; see `state_tensors`."""
+        return _state_of(type(self.encode_source(self._blank())), tensors)
+
+    def driving_state(self, tensors: Mapping[str, Tensor]) -> State:
+        """A driving state from its stored tensors; see `state_tensors`."""
+        return _state_of(type(self.encode_driving([self._blank()])), tensors)
+
+    @torch.inference_mode()
+    def _encode(self, encode: Callable[[Tensor], State], frames: Iterable[Frame]) -> State:
+        side_px = self.image_size_px
+        frames_THWC = np.stack([fit_square(frame_HWC, side_px) for frame_HWC in frames])
+        return encode(to_tensor(frames_THWC, device=self.device))
+
+    def _blank(self) -> Frame:
+        return np.zeros((self.image_size_px, self.image_size_px, 3), np.uint8)
+
+
+# --- arrays and tensors ----------------------------------------------------------------------
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; `auto` is a GPU where there is one.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in {"cpu", "cuda"}:
+        raise ConfigError(f"{name!r} is not auto, cpu, cuda or cuda:N", subject="device")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"{name!r} is not here; this machine has {torch.cuda.device_count()} CUDA devices",
+            subject="device",
+        )
+    return device
+
+
+def fit_square(image_HWC: Frame, side_px: int) -> Frame:
+    """The largest centred square, resized to `side_px`; as it is if it has that size already.
+
+    Raises:
+        ValueError: not uint8 HWC with three channels.
+    """
+    if image_HWC.dtype != np.uint8 or image_HWC.ndim != 3 or image_HWC.shape[2] != 3:
+        raise ValueError(f"not uint8 HWC RGB but {image_HWC.dtype} {image_HWC.shape}")
+    if image_HWC.shape[:2] == (side_px, side_px):
+        return image_HWC
+    return images.resize(images.square_crop(image_HWC), (side_px, side_px))
+
+
+def to_tensor(frames_THWC: Frames, *, device: torch.device | None = None) -> Tensor:
+    """uint8 THWC -> float32 TCHW in [0, 1]."""
+    frames = torch.from_numpy(np.ascontiguousarray(frames_THWC)).to(device)
+    return frames.permute(0, 3, 1, 2).float().div(255).contiguous()
+
+
+def to_frames(image_TCHW: Tensor) -> Frames:
+    """float TCHW -> uint8 THWC, rounded to the nearest and clipped."""
+    scaled_TCHW = image_TCHW.clamp(0, 1).mul(255).round().to(torch.uint8)
+    return scaled_TCHW.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def state_tensors(state: State) -> dict[str, Tensor]:
+    """A state's tensors by name, on the CPU; parts that the system leaves out are left out."""
+    values = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    return {name: t.cpu().contiguous() for name, t in values.items() if t is not None}
+
+
+def _state_of(state_type: type[State], tensors: Mapping[str, Tensor]) -> State:
+    names = [field.name for field in dataclasses.fields(state_type)]
+    return state_type(**{name: tensors.get(name) for name in names})
+
+
+def _batched(frames: Iterable[Frame], batch_size: int) -> Iterator[list[Frame]]:
+    iterator = iter(frames)
+    while chunk := list(itertools.islice(iterator, batch_size)):
+        yield chunk
+
+
+# --- the best initial frame ------------------------------------------------------------------
+
+
+def best_frame(source: State, chunks: Iterable[State]) -> State:
+    """The driving entry whose pose is most like the source's; the first of equals.
+
+    The pose is the set of keypoints minus their mean, over the root of their convex hull's area,
+    and the distance is the sum of squares, as in the field. A pose without area is like nothing.
+
+    Args:
+        source: one entry with `points_BK2`.
+        chunks: driving states with `points_BK2`.
+    """
+    wanted_K2 = _poses(source)[0]
+    nearest: State | None = None
+    smallest = np.inf
+    for chunk in chunks:
+        distance_T = np.square(_poses(chunk) - wanted_K2).sum((1, 2))
+        distance_T = np.where(np.isnan(distance_T), np.inf, distance_T)
+        index = int(distance_T.argmin())
+        if nearest is None or distance_T[index] < smallest:
+            nearest, smallest = chunk[index : index + 1], distance_T[index]
+    assert nearest is not None, "a driving video has frames"
+    return nearest
+
+
+def _poses(state: State) -> NDArray[np.float64]:
+    """Keypoints free of place and size [B, K, 2]; NaN where they span no area."""
+    points_BK2: Tensor = state.points_BK2  # type: ignore[attr-defined]
+    poses = []
+    for points_K2 in points_BK2.double().cpu().numpy():
+        try:
+            area = float(ConvexHull(points_K2).volume)  # in two dimensions this is the area
+        except (QhullError, ValueError):  # on a line, or fewer than three
+            area = np.nan
+        poses.append((points_K2 - points_K2.mean(0)) / np.sqrt(area))
+    return np.stack(poses)
