@@ -32,6 +32,13 @@ from kpmask.records import EncodedVideo
 # EFBIG is a file-size limit of the user or file system: for the caller the same as a full disk.
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
+_INTERPOLATION = (
+    Interpolation.BICUBIC
+    | Interpolation.ACCURATE_RND
+    | Interpolation.FULL_CHR_H_INP
+    | Interpolation.BITEXACT
+)
+
 
 def encode(
     path: Path,
@@ -153,7 +160,7 @@ def _yuv(image_HWC: NDArray[np.uint8], shape: tuple[int, ...]) -> VideoFrame:
         dst_colorspace=Colorspace.ITU709,
         src_color_range=ColorRange.JPEG,
         dst_color_range=ColorRange.MPEG,
-        interpolation=Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.BITEXACT,
+        interpolation=_INTERPOLATION,
     )
 
 

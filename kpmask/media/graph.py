@@ -27,6 +27,9 @@ Image = NDArray[np.uint8]
 
 _UNSPECIFIED = 2  # AVCOL_SPC_UNSPECIFIED
 _RGB_MATRIX = 0  # AVCOL_SPC_RGB
+# swscale's quick way to RGB truncates: levels come out 1 to 1.5 too dark. This one is exact to
+# half a level and takes 3 ms for 1280x720.
+_CONVERT_FLAGS = "bilinear+accurate_rnd+full_chroma_int+bitexact"
 _SCALE_FLAGS = "area+accurate_rnd+full_chroma_int+full_chroma_inp+bitexact"
 
 
@@ -160,33 +163,41 @@ class Renderer:
         return graph
 
     def _steps(self, frame: VideoFrame) -> list[tuple[str, str]]:
+        """Square samples, outer crop, full-resolution colour, inner crop, scale, RGB."""
         geometry, orientation = self._geometry, self._geometry.orientation
         steps: list[tuple[str, str]] = []
         if geometry.square_px != geometry.coded_px:
-            width_px, height_px = geometry.square_px
-            steps.append(("scale", f"{width_px}:{height_px}:flags=bicubic+accurate_rnd"))
+            steps.append(_scale(geometry.square_px, "bicubic+accurate_rnd+bitexact"))
+        colour = "rgb24"
         if self._size_px is not None:
-            steps += [("format", "gbrp" if frame.format.is_rgb else "yuv444p")]
-        if self._crop_px is not None:
+            colour = "gbrp" if frame.format.is_rgb else "yuv444p"
+        convert = [("scale", f"iw:ih:flags={_CONVERT_FLAGS}"), ("format", colour)]
+        if self._crop_px is None:
+            steps += convert
+        else:
             box_px = orientation.coded_box(self._crop_px, geometry.displayed_px)
-            steps = _with_crop(steps, box_px, geometry.square_px, scaled=self._size_px is not None)
+            outer, inner = _nested(box_px, geometry.square_px)
+            steps += [_crop(outer), *convert, _crop(inner)]
         if self._size_px is not None:
-            width_px, height_px = orientation.size(self._size_px)
-            steps.append(("scale", f"{width_px}:{height_px}:flags={_SCALE_FLAGS}"))
-        return [*steps, ("format", "rgb24")]
+            steps += [_scale(orientation.size(self._size_px), _SCALE_FLAGS), ("format", "rgb24")]
+        return steps
 
 
-def _with_crop(
-    steps: list[tuple[str, str]], box_px: Box, size_px: Size, *, scaled: bool
-) -> list[tuple[str, str]]:
-    """Cut a box on the chroma grid out of the frame, convert that, then cut the box itself."""
+def _nested(box_px: Box, size_px: Size) -> tuple[Box, Box]:
+    """A box on the chroma grid with a margin for its interpolation, and the box within that."""
     left, top, right, bottom = box_px
-    outer = (left // 4 * 4, top // 4 * 4, -(-right // 4) * 4, -(-bottom // 4) * 4)
-    outer = (outer[0], outer[1], min(outer[2], size_px[0]), min(outer[3], size_px[1]))
+    outer = (
+        max(0, left // 8 * 8 - 8),
+        max(0, top // 8 * 8 - 8),
+        min(size_px[0], -(-right // 8) * 8 + 8),
+        min(size_px[1], -(-bottom // 8) * 8 + 8),
+    )
     inner = (left - outer[0], top - outer[1], right - outer[0], bottom - outer[1])
-    at = len(steps) - 1 if scaled else len(steps)
-    convert = steps[at:] or [("format", "rgb24")]
-    return [*steps[:at], _crop(outer), *convert, _crop(inner)]
+    return outer, inner
+
+
+def _scale(size_px: Size, flags: str) -> tuple[str, str]:
+    return "scale", f"{size_px[0]}:{size_px[1]}:flags={flags}"
 
 
 def _crop(box_px: Box) -> tuple[str, str]:
