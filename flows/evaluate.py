@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from flows import artifacts, engine
 from kpmask.config import EvaluateJob
+from kpmask.records import ScoreTable
 from tasks.evaluate import evaluate
 
 
@@ -21,12 +20,26 @@ from tasks.evaluate import evaluate
     cache_policy=NO_CACHE,
     persist_result=False,
 )
-def evaluate_stage(job: EvaluateJob) -> Any:  # noqa: ANN401
+def evaluate_stage(job: EvaluateJob) -> ScoreTable:
     return evaluate(job, on_progress=engine.StageProgress())
 
 
-def publish_scores(job: EvaluateJob, scores: Any) -> None:  # noqa: ANN401
-    artifacts.publish("evaluate", job.out, {}, files=("index.html", "scores.parquet"))
+def publish_scores(scores: ScoreTable) -> None:
+    means = {f"{s.metric} ({s.method})": f"{s.mean:.4f}" for s in scores.summaries}
+    artifacts.publish(
+        "evaluate",
+        scores.uri,
+        {
+            **means,
+            "videos": scores.num_videos,
+            "failures": scores.num_failures,
+            "weights": scores.weights_sha256,
+            "perceptual features": scores.perceptual,
+            "dataset": scores.dataset_id,
+            "settings": scores.settings_digest,
+        },
+        files=("index.html", "scores.parquet", "summary.json"),
+    )
 
 
 @flow(
@@ -35,7 +48,7 @@ def publish_scores(job: EvaluateJob, scores: Any) -> None:  # noqa: ANN401
     flow_run_name="evaluate {job.out}",
     persist_result=False,
 )
-def evaluate_flow(job: EvaluateJob) -> Any:  # noqa: ANN401
+def evaluate_flow(job: EvaluateJob) -> ScoreTable:
     scores = evaluate_stage(job)
-    publish_scores(job, scores)
+    publish_scores(scores)
     return engine.finished(scores)

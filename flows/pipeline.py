@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from prefect import flow
 
@@ -13,7 +12,7 @@ from flows.evaluate import evaluate_stage, publish_scores
 from flows.preprocess import preprocess_stage, publish_dataset
 from flows.train import publish_run, train_stage
 from kpmask.config import AnimateJob, EvaluateJob, Part, PreprocessJob, TrainJob
-from kpmask.records import CatalogManifest, DatasetManifest, RunManifest
+from kpmask.records import CatalogManifest, DatasetManifest, RunManifest, ScoreTable
 
 WEIGHTS = "weights.safetensors"
 
@@ -36,7 +35,7 @@ class PipelineResult:
     dataset: DatasetManifest
     run: RunManifest
     catalog: CatalogManifest
-    scores: Any
+    scores: ScoreTable
 
 
 @flow(
@@ -60,6 +59,6 @@ def pipeline_flow(job: PipelineJob) -> PipelineResult:
 
     scored = job.evaluate.model_copy(update={"checkpoint": weights, "data": dataset.uri})
     scores = evaluate_stage(scored)
-    publish_scores(scored, scores)
+    publish_scores(scores)
 
     return engine.finished(PipelineResult(dataset, run, catalog, scores))

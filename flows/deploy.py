@@ -1,0 +1,201 @@
+"""The jobs as Prefect deployments: preprocessing on a schedule, the others when asked.
+
+`register` writes them to a Prefect server for the workers of a process pool; `serve` also runs
+what is due, in this process. Either way a run's parameters are the job itself, so that Prefect's
+UI shows every setting as a form, and a run is refused before it starts when one is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+from zoneinfo import available_timezones
+
+import prefect
+from prefect import Flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.objects import (
+    ConcurrencyLimitConfig,
+    ConcurrencyLimitStrategy,
+)
+from prefect.deployments.runner import RunnerDeployment
+from prefect.exceptions import ObjectNotFound
+from prefect.flows import EntrypointType
+from prefect.schedules import Cron, Schedule
+from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
+
+from flows.animate import animate_flow
+from flows.evaluate import evaluate_flow
+from flows.pipeline import pipeline_flow
+from flows.preprocess import preprocess_flow
+from flows.server import prefect_api
+from flows.train import train_flow
+from kpmask.config import Part
+from kpmask.errors import ConfigError
+
+POOL: Final = "kpmask"
+SCHEDULED: Final = "preprocess"
+FLOWS: Final[Mapping[str, Flow[..., Any]]] = {
+    "preprocess": preprocess_flow,
+    "train": train_flow,
+    "animate": animate_flow,
+    "evaluate": evaluate_flow,
+    "pipeline": pipeline_flow,
+}
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A deployment in the server: `name` is "flow/deployment", what `prefect` commands take."""
+
+    name: str
+    pool: str
+    cron: str | None
+    url: str
+
+
+def register(
+    jobs: Mapping[str, Part | Mapping[str, Any]],
+    *,
+    cron: str | None,
+    timezone: str = "UTC",
+    pool: str = POOL,
+    name: str = POOL,
+) -> list[Registered]:
+    """Write one deployment of every job to the Prefect server, over those that are there.
+
+    Args:
+        jobs: settings by the job's name, whole or in part; what is missing is asked for when a
+            run is started by hand.
+        cron: when to preprocess; None for never.
+        timezone: of `cron`.
+        pool: the work pool whose workers run them; made, of type process, if it is not there.
+        name: the deployments' name; the flow's name comes before it.
+
+    Raises:
+        ConfigError: no PREFECT_API_URL; a cron or timezone that is none; a schedule for a job
+            that is not whole.
+        RunFailed: `server_unavailable`.
+    """
+    deployments = build(jobs, cron=cron, timezone=timezone, name=name)
+    _need_server()
+    with prefect_api():
+        _ensure_pool(pool)
+        return [_apply(deployment, pool) for deployment in deployments]
+
+
+def serve(
+    jobs: Mapping[str, Part | Mapping[str, Any]],
+    *,
+    cron: str | None,
+    timezone: str = "UTC",
+    name: str = POOL,
+) -> None:
+    """Register the same deployments without a pool, and run what is due here until stopped.
+
+    One run at a time. Ctrl-C and SIGTERM end it and pause the schedule.
+
+    Raises:
+        ConfigError, RunFailed: as `register`.
+    """
+    deployments = build(jobs, cron=cron, timezone=timezone, name=name)
+    _need_server()
+    with prefect_api():
+        prefect.serve(*deployments, limit=1, print_starting_message=False)
+
+
+def build(
+    jobs: Mapping[str, Part | Mapping[str, Any]],
+    *,
+    cron: str | None,
+    timezone: str = "UTC",
+    name: str = POOL,
+) -> list[RunnerDeployment]:
+    """The deployments of all jobs, not yet registered.
+
+    Raises:
+        ConfigError: see `register`.
+    """
+    unknown = sorted(set(jobs) - set(FLOWS))
+    if unknown:
+        raise ConfigError(f"no job {unknown[0]!r}; there are: {', '.join(FLOWS)}", subject="deploy")
+    if cron is not None and not isinstance(jobs.get(SCHEDULED), Part):
+        raise ConfigError(
+            f"a schedule needs the whole {SCHEDULED} job: nobody is there to fill it in",
+            subject="cron",
+        )
+    schedule = None if cron is None else _schedule(cron, timezone)
+    return [
+        _deployment(job, flow, jobs.get(job), schedule if job == SCHEDULED else None, name)
+        for job, flow in FLOWS.items()
+    ]
+
+
+def _deployment(
+    job: str,
+    flow: Flow[..., Any],
+    settings: Part | Mapping[str, Any] | None,
+    schedule: Schedule | None,
+    name: str,
+) -> RunnerDeployment:
+    plain = settings.model_dump(mode="json") if isinstance(settings, Part) else settings
+    # The next scheduled run continues what this one leaves, so a queue of them would be idle
+    # work. Runs that somebody asked for wait for their turn.
+    when_busy = (
+        ConcurrencyLimitStrategy.ENQUEUE
+        if schedule is None
+        else ConcurrencyLimitStrategy.CANCEL_NEW
+    )
+    made = flow.to_deployment(
+        name=name,
+        schedule=schedule,
+        parameters={} if plain is None else {"job": dict(plain)},
+        concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=when_busy),
+        tags=["kpmask", job],
+        # By module, not by file: it holds wherever the package is installed.
+        entrypoint_type=EntrypointType.MODULE_PATH,
+    )
+    assert isinstance(made, RunnerDeployment)  # and no coroutine, outside of an event loop
+    return made
+
+
+def _schedule(cron: str, timezone: str) -> Schedule:
+    if timezone not in available_timezones():
+        raise ConfigError(f"no timezone {timezone!r}", subject="timezone", hint="as Europe/Berlin")
+    try:
+        return Cron(cron, timezone=timezone)
+    except ValueError as error:
+        raise ConfigError(
+            f"not a cron expression: {cron!r}", subject="cron", hint="as '0 3 * * *'"
+        ) from error
+
+
+def _need_server() -> None:
+    if not PREFECT_API_URL.value():
+        raise ConfigError(
+            "deployments are kept by a Prefect server, and none is named",
+            subject="PREFECT_API_URL",
+            hint="start one with `prefect server start` and set PREFECT_API_URL to its /api",
+        )
+
+
+def _ensure_pool(pool: str) -> None:
+    with get_client(sync_client=True) as client:
+        try:
+            client.read_work_pool(pool)
+        except ObjectNotFound:
+            client.create_work_pool(WorkPoolCreate(name=pool, type="process"))
+
+
+def _apply(deployment: RunnerDeployment, pool: str) -> Registered:
+    deployment_id = deployment.apply(work_pool_name=pool)
+    schedules = [s.schedule for s in deployment.schedules or []]
+    ui = (PREFECT_UI_URL.value() or "").rstrip("/")
+    return Registered(
+        name=deployment.full_name,
+        pool=pool,
+        cron=getattr(schedules[0], "cron", None) if schedules else None,
+        url=f"{ui}/deployments/deployment/{deployment_id}",
+    )
