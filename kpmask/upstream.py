@@ -214,10 +214,10 @@ class _Shapes:
         """How many of `pattern` with {} = 0, 1, 2, ... there are."""
         return next(i for i in itertools.count() if not self.has(pattern.format(i)))
 
-    def capped(self, block_expansion: int, num_blocks: int, widest: int) -> int:
+    def capped(self, widest: int, *, block_expansion: int, num_blocks: int, published: int) -> int:
         """max_features: the widest layer where it cut something off, else the published value."""
         is_cut = widest < block_expansion * 2**num_blocks
-        return widest if is_cut else max(widest, 1024)
+        return widest if is_cut else max(widest, published)
 
     def hourglass(self, prefix: str) -> dict[str, Any]:
         encoder = prefix + ".encoder.down_blocks.{}.conv.weight"
@@ -228,7 +228,9 @@ class _Shapes:
         return {
             "block_expansion": width,
             "num_blocks": num_blocks,
-            "max_features": self.capped(width, num_blocks, widest),
+            "max_features": self.capped(
+                widest, block_expansion=width, num_blocks=num_blocks, published=1024
+            ),
         }
 
     def scale(self, prefix: str) -> float:
@@ -276,7 +278,9 @@ def _fomm(shapes: _Shapes) -> dict[str, Any]:
             "block_expansion": width,
             "num_down_blocks": num_down_blocks,
             "num_bottleneck_blocks": shapes.count("generator.bottleneck.r{}.conv1.weight"),
-            "max_features": shapes.capped(width, num_down_blocks, widest),
+            "max_features": shapes.capped(
+                widest, block_expansion=width, num_blocks=num_down_blocks, published=512
+            ),
         },
     }
 

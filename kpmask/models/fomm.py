@@ -34,6 +34,7 @@ from kpmask.models.layers import (
     inverse,
     product,
     transform,
+    widened,
 )
 from kpmask.models.motion import relative_jacobian, relative_points
 from kpmask.records import Motion
@@ -114,10 +115,11 @@ class DenseMotionNetwork(nn.Module):
         features_BCHW = self.hourglass(
             torch.cat([heatmap_BM1HW, warped_BMCHW], dim=2).flatten(1, 2)
         )
-        mask_BMHW = self.mask(features_BCHW).softmax(dim=1)
+        mask_BMHW = widened(self.mask(features_BCHW)).softmax(dim=1)
         flow_BHW2 = (mask_BMHW[..., None] * motion_BMHW2).sum(dim=1)
-        occlusion_B1HW = None if self.occlusion is None else self.occlusion(features_BCHW).sigmoid()
-        return flow_BHW2, occlusion_B1HW
+        if self.occlusion is None:
+            return flow_BHW2, None
+        return flow_BHW2, widened(self.occlusion(features_BCHW)).sigmoid()
 
 
 class OcclusionAwareGenerator(nn.Module):
@@ -162,7 +164,7 @@ class OcclusionAwareGenerator(nn.Module):
         if flow_BHW2.shape[1:3] != size_px:
             flow_BHW2 = _resized(flow_BHW2.permute(0, 3, 1, 2), size_px).permute(0, 2, 3, 1)
         warped_BCHW = functional.grid_sample(
-            features_BCHW, flow_BHW2, align_corners=self.align_corners
+            widened(features_BCHW), flow_BHW2, align_corners=self.align_corners
         )
         if occlusion_B1HW is None:
             return warped_BCHW
@@ -175,8 +177,7 @@ class OcclusionAwareGenerator(nn.Module):
         x_BCHW = self.bottleneck(self.warp(source.features_BCHW, flow_BHW2, occlusion_B1HW))
         for block in self.up_blocks:
             x_BCHW = block(x_BCHW)
-        image_BCHW: Tensor = self.final(x_BCHW).sigmoid()
-        return image_BCHW
+        return widened(self.final(x_BCHW)).sigmoid()
 
 
 def _size(x_BCHW: Tensor) -> tuple[int, int]:
@@ -209,7 +210,7 @@ class FommSystem(AnimationSystem[FommSource, FommDriving]):
         return self._source(source_BCHW, self.detector(source_BCHW))
 
     def _source(self, source_BCHW: Tensor, keypoints: Keypoints) -> FommSource:
-        small_BCHW = self.generator.dense_motion_network.down(source_BCHW)
+        small_BCHW = widened(self.generator.dense_motion_network.down(source_BCHW))
         features_BCHW = self.generator.encode(source_BCHW)
         return FommSource(small_BCHW, features_BCHW, keypoints.points_BK2, keypoints.jacobian_BK22)
 

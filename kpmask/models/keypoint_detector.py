@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kpmask.config import KeypointDetector as DetectorConfig
 from kpmask.errors import ConfigError
-from kpmask.models.layers import AntiAlias, Hourglass, coordinate_grid, spatial_mean
+from kpmask.models.layers import AntiAlias, Hourglass, coordinate_grid, spatial_mean, widened
 
 HEAD_KERNEL_PX = 7
 
@@ -72,8 +72,7 @@ class KeypointDetector(nn.Module):
 
     def logits(self, image_BCHW: Tensor) -> Tensor:
         """The maps before the softmax alone: all that a heatmap mask needs."""
-        logits_BKHW: Tensor = self.kp(self.predictor(self.down(image_BCHW)))
-        return logits_BKHW
+        return widened(self.kp(self.predictor(self.down(image_BCHW))))
 
     def heatmap(self, logits_BKHW: Tensor) -> Tensor:
         """Softmax over space at the detector's temperature."""
@@ -87,11 +86,11 @@ class KeypointDetector(nn.Module):
 
     def forward(self, image_BCHW: Tensor) -> Keypoints:
         features_BCHW = self.predictor(self.down(image_BCHW))
-        logits_BKHW = self.kp(features_BCHW)
+        logits_BKHW = widened(self.kp(features_BCHW))
         heatmap_BKHW = self.heatmap(logits_BKHW)
         jacobian_BK22 = None
         if self.jacobian is not None:
-            jacobian_BK22 = _heatmap_mean(heatmap_BKHW, self.jacobian(features_BCHW))
+            jacobian_BK22 = _heatmap_mean(heatmap_BKHW, widened(self.jacobian(features_BCHW)))
         return Keypoints(logits_BKHW, heatmap_BKHW, self.points(heatmap_BKHW), jacobian_BK22)
 
 

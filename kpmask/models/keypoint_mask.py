@@ -32,6 +32,7 @@ from kpmask.models.layers import (
     gaussian_maps,
     min_max,
     resize_map,
+    widened,
 )
 from kpmask.models.motion import relative_points
 from kpmask.records import Motion
@@ -83,8 +84,7 @@ class LowResolutionStage(nn.Module):
         x_BCHW = self.bottleneck(self.first(masked_BCHW))
         for block in self.up_blocks:
             x_BCHW = block(x_BCHW)
-        image_BCHW: Tensor = self.final(x_BCHW).sigmoid()
-        return image_BCHW
+        return widened(self.final(x_BCHW)).sigmoid()
 
 
 class HighResolutionStage(nn.Module):
@@ -107,8 +107,7 @@ class HighResolutionStage(nn.Module):
             masks_B2HW, size=image_BCHW.shape[-2:], mode="bilinear", align_corners=False
         )
         x_BCHW = torch.cat([image_BCHW, large_B2HW, low_BCHW], dim=1)
-        drawn_BCHW: Tensor = self.final(self.hourglass(x_BCHW)).sigmoid()
-        return drawn_BCHW
+        return widened(self.final(self.hourglass(x_BCHW))).sigmoid()
 
 
 class KeypointMaskSystem(AnimationSystem[KeypointMaskSource, KeypointMaskDriving]):
@@ -148,7 +147,7 @@ class KeypointMaskSystem(AnimationSystem[KeypointMaskSource, KeypointMaskDriving
         return resize_map(functional.pad(mask_B1HW, (border_px,) * 4), self.mask_side_px)
 
     def encode_source(self, source_BCHW: Tensor) -> KeypointMaskSource:
-        small_BCHW = self.low_resolution.down(source_BCHW)
+        small_BCHW = widened(self.low_resolution.down(source_BCHW))
         return KeypointMaskSource(source_BCHW, small_BCHW, self.mask(source_BCHW))
 
     def encode_driving(self, driving_BCHW: Tensor) -> KeypointMaskDriving:
@@ -197,7 +196,7 @@ class CirclesSystem(KeypointMaskSystem):
 
     def encode_source(self, source_BCHW: Tensor) -> KeypointMaskSource:
         points_BK2 = self.points(source_BCHW)
-        small_BCHW = self.low_resolution.down(source_BCHW)
+        small_BCHW = widened(self.low_resolution.down(source_BCHW))
         return KeypointMaskSource(source_BCHW, small_BCHW, self.draw(points_BK2), points_BK2)
 
     def encode_driving(self, driving_BCHW: Tensor) -> KeypointMaskDriving:

@@ -2,8 +2,9 @@
 
 - A block is convolution, batch norm, ReLU. Module names are `conv`, `norm`, so that weights of
   the original code load key by key.
-- Small matrix products are written as sums, not `matmul`: coordinates must stay in float32 under
-  autocast, which casts `matmul` down but leaves products and sums alone.
+- Coordinates, masks and flow stay in full precision when convolutions run in bfloat16: what
+  comes out of a convolution is widened first, and small matrix products are written as sums,
+  because autocast narrows `matmul` and leaves products and sums alone.
 """
 
 from __future__ import annotations
@@ -159,6 +160,11 @@ def gaussian_kernel(scale: float) -> Tensor:
     weight = torch.exp(-(offset_px**2) / (2 * sigma_px**2))
     kernel_HW = weight[:, None] * weight[None, :]
     return kernel_HW / kernel_HW.sum()
+
+
+def widened(x: Tensor) -> Tensor:
+    """bfloat16 and float16 as float32; anything else as it is."""
+    return x.float() if x.dtype in {torch.bfloat16, torch.float16} else x
 
 
 # --- coordinates -----------------------------------------------------------------------------
