@@ -28,6 +28,8 @@ from PIL import Image
 from kpmask.config import MediaLimits
 from kpmask.demo.figures import MOTIONS, SKINS, Person, Stage, draw_person, random_person
 from kpmask.demo.scenes import draw_scene
+from kpmask.media.decode import frames
+from kpmask.media.encode import encode
 from kpmask.records import Partition, Progress
 
 # fmt: off
@@ -292,8 +294,6 @@ def write_demo_catalog(
     Returns:
         The catalog's path. One of its rows names a file that does not exist.
     """
-    from kpmask.media.encode import encode
-
     test = [take for take in plan_takes(num_videos, seed) if take.partition == "test"]
     sources = list({take.person_id: take for take in test}.values())[:num_sources]
     drivings = _varied(test, num_drivings)
@@ -328,8 +328,6 @@ def _varied(takes: Sequence[Take], count: int) -> list[Take]:
 
 
 def _cut(videos: Path, take: Take, size_px: int) -> Iterator[np.ndarray]:
-    from kpmask.media.decode import frames
-
     path = videos / "raw" / take.file_name
     found = frames(
         path,

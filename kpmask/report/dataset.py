@@ -76,6 +76,7 @@ def dataset_page(
         home=home,
         manifest=manifest,
         tiles=tiles,
+        splits_note=_splits_note(clips),
         sheet=[_SheetClip(clip, thumbnails.get(clip.clip_id, "")) for clip in clips[:limit]],
         hidden_clips=max(0, len(clips) - limit),
         charts=_dataset_charts(clips),
@@ -83,6 +84,18 @@ def dataset_page(
         hidden_identities=max(0, len(identities) - MAX_IDENTITIES),
         **failure_values(failures),
     )
+
+
+def _splits_note(clips: Sequence[ClipRecord]) -> str:
+    splits: dict[str, set[str]] = {"train": set(), "test": set()}
+    for clip in clips:
+        splits[clip.partition].add(clip.identity)
+    shared = len(splits["train"] & splits["test"])
+    if not splits["train"] or not splits["test"]:
+        return ""
+    if shared:
+        return f"{num(shared)} of the identities {'is' if shared == 1 else 'are'} in both splits."
+    return "No identity is in both splits."
 
 
 def _identities(clips: Sequence[ClipRecord]) -> list[_Identity]:
@@ -114,13 +127,13 @@ def _dataset_charts(clips: Sequence[ClipRecord]) -> list[Chart]:
         Chart(
             "Frames in a clip",
             _histogram([float(clip.num_frames) for clip in clips]),
-            f"{num(lost)} frames lost to damage" if lost else "",
+            f"lost to damage: {num(lost)}" if lost else "",
         ),
         Chart("Frame rate", bars(rates.most_common(8))),
         Chart(
             "Side of the crop in the raw video, px",
             _histogram(sides),
-            f"{num(clamped)} boxes left the frame and were cut to it" if clamped else "",
+            f"cut to the frame: {num(clamped)}" if clamped else "",
         ),
     ]
 

@@ -126,6 +126,8 @@ def loss_curve_svg(metrics: Sequence[StepMetrics]) -> str:
 
 
 def _draw_losses(axis: Any, phase: str, steps: Sequence[StepMetrics]) -> None:  # noqa: ANN401
+    from matplotlib.ticker import LogFormatter
+
     stride = max(1, len(steps) // 1500)
     shown = [*steps[:-1:stride], steps[-1]]
     at = [step.step for step in shown]
@@ -140,6 +142,9 @@ def _draw_losses(axis: Any, phase: str, steps: Sequence[StepMetrics]) -> None:  
     axis.plot(at, [s.loss for s in shown], linewidth=2.2, color="#0e8f9b", label=" total")
     if all(step.loss > 0 for step in shown):
         axis.set_yscale("log")
+        # The usual labels are mathematics, which SVG text cannot show.
+        axis.yaxis.set_major_formatter(LogFormatter())
+        axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     axis.set_title(phase)
     axis.set_xlabel("step")
     axis.set_ylabel("loss")
