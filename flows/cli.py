@@ -185,7 +185,7 @@ def train(
     from flows import jobs
 
     if dry_run:
-        _say_plan(resolved, [phase.name for phase in resolved.phases], as_json=as_json)
+        _say_plan(resolved, jobs.plan_train(resolved), as_json=as_json)
         return
     manifest = jobs.run_train(resolved, quiet=as_json)
     lines = [
@@ -335,6 +335,9 @@ def demo(
     ),
     open_page: Annotated[bool, typer.Option("--open", help="Open the page when done.")] = False,
     preset: Annotated[str, typer.Option("--preset", help="What to train.")] = "demo",
+    videos_only: Annotated[
+        bool, typer.Option("--videos-only", help="Only write the videos, tables and images.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Generate videos and run all four jobs on them: about five minutes on two cores.
@@ -347,6 +350,10 @@ def demo(
     """
     from flows import jobs
 
+    if videos_only:
+        table = jobs.draw_videos(Path(out), quiet=as_json)
+        console.show({"metadata": str(table)}, as_json=as_json, lines=[f"metadata: {table}"])
+        return
     page = jobs.run_demo(Path(out), preset=preset, quiet=as_json)
     console.show({"page": str(page)}, as_json=as_json, lines=[f"Look at: {page.as_uri()}"])
     if open_page:
@@ -419,25 +426,36 @@ def checkpoint_import(
 
 @app.command()
 def deploy(
+    job: Annotated[
+        str | None, typer.Option("--job", help="A TOML file; its [preprocess] is scheduled.")
+    ] = None,
     cron: Annotated[str, typer.Option(help="When to preprocess.")] = "0 3 * * *",
+    timezone: Annotated[str, typer.Option(help="Of the schedule.")] = "UTC",
     pool: Annotated[str, typer.Option(help="The work pool that runs it.")] = "kpmask",
-    job: JobFile = None,
-    preset: Preset = None,
     overrides: Overrides = None,
     serve: Annotated[
         bool, typer.Option("--serve", help="Run due jobs in this process; needs no worker.")
     ] = False,
 ) -> None:
-    """Register the four jobs as Prefect deployments, preprocessing on a schedule.
+    """Register the jobs as Prefect deployments, preprocessing on a schedule.
+
+    Needs PREFECT_API_URL.
 
     Examples:
 
-        kpmask deploy --job nightly.toml --cron '0 3 * * *'    (with PREFECT_API_URL set)
+        kpmask deploy --job nightly.toml --cron '0 3 * * *'
+
+        kpmask deploy --job nightly.toml --cron '*/10 * * * *' --serve
     """
     from flows import jobs
 
     for line in jobs.deploy(
-        cron=cron, pool=pool, preset=preset, job_file=job, overrides=overrides or (), serve=serve
+        cron=cron,
+        timezone=timezone,
+        pool=pool,
+        job_file=job,
+        overrides=overrides or (),
+        serve=serve,
     ):
         typer.echo(line)
 

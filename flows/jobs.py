@@ -1,0 +1,153 @@
+"""What the command line calls: each function runs one job here and shows its progress.
+
+The flows are imported inside, after the environment is set: Prefect reads its settings when it is
+imported, and a command that needs no flow should not wait for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from flows import console
+from kpmask import config
+from kpmask.records import (
+    CatalogManifest,
+    DatasetManifest,
+    EncodedVideo,
+    RunManifest,
+    as_dict,
+)
+
+if TYPE_CHECKING:
+    from kpmask.records import ScoreTable
+
+J = TypeVar("J", bound=config.Part)
+R = TypeVar("R")
+
+
+def as_result(record: Any) -> dict[str, Any]:  # noqa: ANN401 - any record
+    """A job's result as plain data for --json."""
+    return as_dict(record)
+
+
+def _run(flow: Any, job: config.Part, *, quiet: bool) -> Any:  # noqa: ANN401 - untyped by Prefect
+    from flows import engine
+
+    with console.progress_bars(quiet=quiet) as report:
+        return engine.run_flow(flow, job, on_progress=report)
+
+
+def plan_train(job: config.TrainJob) -> list[str]:
+    from tasks.train import plan
+
+    return plan(job)
+
+
+def run_preprocess(job: config.PreprocessJob, *, quiet: bool) -> DatasetManifest:
+    from flows.preprocess import preprocess_flow
+
+    manifest: DatasetManifest = _run(preprocess_flow, job, quiet=quiet)
+    return manifest
+
+
+def run_train(job: config.TrainJob, *, quiet: bool) -> RunManifest:
+    from flows.train import train_flow
+
+    console.say(f"perceptual features: {job.perceptual}")
+    manifest: RunManifest = _run(train_flow, job, quiet=quiet)
+    return manifest
+
+
+def run_animate(job: config.AnimateJob, *, quiet: bool) -> CatalogManifest:
+    from flows.animate import animate_flow
+
+    manifest: CatalogManifest = _run(animate_flow, job, quiet=quiet)
+    return manifest
+
+
+def run_animate_pair(job: config.AnimateJob, *, quiet: bool) -> EncodedVideo:
+    """One pair, without Prefect and Ray: it starts at once."""
+    from tasks.animate import animate_pair
+
+    with console.progress_bars(quiet=quiet) as report:
+        return animate_pair(job, on_progress=report)
+
+
+def run_evaluate(job: config.EvaluateJob, *, quiet: bool) -> ScoreTable:
+    from flows.evaluate import evaluate_flow
+
+    scores: ScoreTable = _run(evaluate_flow, job, quiet=quiet)
+    return scores
+
+
+def score_lines(scores: ScoreTable) -> list[str]:
+    """The table as the papers print it: a row a method, a column a metric."""
+    higher = {info.name: info.higher_is_better for info in scores.metrics}
+    by_key = {(s.metric, s.method): s for s in scores.summaries}
+    methods = list(dict.fromkeys(s.method for s in scores.summaries))
+    columns = ["", *(f"{name} {'(up)' if up else '(down)'}" for name, up in higher.items())]
+    rows = []
+    for method in methods:
+        found = [by_key.get((name, method)) for name in higher]
+        rows.append([method, *("-" if f is None else f"{f.mean:.4f}" for f in found)])
+    lines = [console.table(columns, rows), ""]
+    lines.append(f"{scores.num_videos} videos; {scores.num_failures} failures")
+    if scores.perceptual:
+        lines.append(f"trained against: {scores.perceptual}")
+    lines.append(f"page: {scores.uri}/index.html")
+    return lines
+
+
+def run_demo(out: Path, *, preset: str, quiet: bool) -> Path:
+    from flows.demo import run_demo as run
+
+    with console.progress_bars(quiet=quiet) as report:
+        return run(out.resolve(), preset=preset, on_progress=report)
+
+
+def draw_videos(out: Path, *, quiet: bool) -> Path:
+    """The demonstration's videos, table and catalog alone; returns the table's path."""
+    from tasks.demo import draw_inputs
+
+    with console.progress_bars(quiet=quiet) as report:
+        return draw_inputs(out.resolve(), on_progress=report).metadata
+
+
+def rebuild_page(uri: str) -> str:
+    from tasks.report import rebuild_page as rebuild
+
+    return rebuild(uri)
+
+
+def deploy(
+    *,
+    cron: str,
+    timezone: str,
+    pool: str,
+    job_file: str | None,
+    overrides: Sequence[str],
+    serve: bool,
+) -> list[str]:
+    """Register every job; `job_file` says what the scheduled preprocessing does.
+
+    Without a job file nothing is scheduled: a schedule needs a job that is whole.
+    """
+    from flows import deploy as deployments
+
+    tables: dict[str, Any] = {} if job_file is None else config.load_preset(job_file)
+    scheduled = None
+    if "preprocess" in tables:
+        scheduled = cron
+        tables["preprocess"] = config.resolve_job(
+            config.PreprocessJob, job_file=job_file, overrides=overrides
+        )
+    if serve:
+        console.say(f"serving; preprocessing is due at {scheduled or 'no time'}; Ctrl-C ends")
+        deployments.serve(tables, cron=scheduled, timezone=timezone)
+        return []
+    made = deployments.register(tables, cron=scheduled, timezone=timezone, pool=pool)
+    rows = [[found.name, found.pool, found.cron or "when asked", found.url] for found in made]
+    start = f"start a worker with: prefect worker start --pool {pool}"
+    return [console.table(["deployment", "pool", "schedule", "page"], rows), "", start]
