@@ -224,12 +224,17 @@ def load_perceptual(
     """
     if kind == "none":
         return None
+    with torch.random.fork_rng(devices=[]):  # fresh layers draw weights that nobody will see
+        return _load(kind, None if weights is None else Path(weights), cache_dir or cache_folder())
+
+
+def _load(kind: Perceptual, path: Path | None, cache_dir: Path) -> PerceptualFeatures:
     if kind == "random":
         return random_features()
     if kind == "vgg19":
-        path = Path(weights) if weights else fetch(VGG19_FILE, cache_dir or cache_folder())
+        path = path or fetch(VGG19_FILE, cache_dir)
         return _loaded(Vgg19Features(), path, _read_tensors(path))
-    path = Path(weights) if weights else _lite0_path()
+    path = path or _lite0_path()
     tensors = {re.sub(r"(^|\.)_", r"\1", key): value for key, value in _read_tensors(path).items()}
     return _loaded(Lite0Features(), path, tensors)
 

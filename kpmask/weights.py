@@ -15,6 +15,7 @@ import pickle
 import struct
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -35,7 +36,10 @@ def read_torch_file(path: Path) -> Any:  # noqa: ANN401 - whatever was saved
         CheckpointError: it cannot be read, is not such a file, or would run code.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # That the file's pickle protocol is not the usual one: it is read or refused.
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(
             error.strerror or str(error), subject=str(path), code="weights_unavailable"
@@ -57,6 +61,7 @@ _NOT_TENSORS = (
     TypeError,
     OverflowError,
     MemoryError,
+    AssertionError,
     struct.error,
 )
 
