@@ -294,9 +294,13 @@ def write_demo_catalog(
     Returns:
         The catalog's path. One of its rows names a file that does not exist.
     """
-    test = [take for take in plan_takes(num_videos, seed) if take.partition == "test"]
+    takes = plan_takes(num_videos, seed)
+    test = [take for take in takes if take.partition == "test"]
     sources = list({take.person_id: take for take in test}.values())[:num_sources]
-    drivings = _varied(test, num_drivings)
+    # A single held-out person takes the motion of others.
+    drivings = _varied(
+        test if len(sources) > 1 else [t for t in takes if t not in test], num_drivings
+    )
     for folder in (out / "sources", out / "drivings"):
         folder.mkdir(parents=True, exist_ok=True)
     for take in sources:
