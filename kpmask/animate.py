@@ -16,6 +16,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -219,11 +220,11 @@ class Animator:
 
     def source_state(self, tensors: Mapping[str, Tensor]) -> State:
         """A source state from its stored tensors; see `state_tensors`."""
-        return _state_of(type(self.encode_source(self._blank())), tensors)
+        return _state_of(self._state_types[0], tensors)
 
     def driving_state(self, tensors: Mapping[str, Tensor]) -> State:
         """A driving state from its stored tensors; see `state_tensors`."""
-        return _state_of(type(self.encode_driving([self._blank()])), tensors)
+        return _state_of(self._state_types[1], tensors)
 
     @torch.inference_mode()
     def _encode(self, encode: Callable[[Tensor], State], frames: Iterable[Frame]) -> State:
@@ -231,8 +232,11 @@ class Animator:
         frames_THWC = np.stack([fit_square(frame_HWC, side_px) for frame_HWC in frames])
         return encode(to_tensor(frames_THWC, device=self.device))
 
-    def _blank(self) -> Frame:
-        return np.zeros((self.image_size_px, self.image_size_px, 3), np.uint8)
+    @cached_property
+    def _state_types(self) -> tuple[type[State], type[State]]:
+        """The system's source and driving state classes, found by trying."""
+        blank_HWC = np.zeros((self.image_size_px, self.image_size_px, 3), np.uint8)
+        return type(self.encode_source(blank_HWC)), type(self.encode_driving([blank_HWC]))
 
 
 # --- arrays and tensors ----------------------------------------------------------------------

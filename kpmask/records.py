@@ -218,6 +218,23 @@ class AnimationItem:
 
 
 @dataclass(frozen=True, slots=True)
+class FeatureRecord:
+    """A stored source or driving state: what depends on one image or one video alone.
+
+    The state lies in `num_parts` objects, so that it is written and read with flat memory.
+    `num_frames_lost` is how many frames of a damaged driving video could not be used.
+    """
+
+    feature_id: str
+    kind: Literal["source", "driving"]
+    sha256: str
+    num_parts: int
+    num_frames: int
+    num_frames_lost: int
+    fps: float
+
+
+@dataclass(frozen=True, slots=True)
 class EncodedVideo:
     """A video file that was written and read back."""
 

@@ -1,0 +1,367 @@
+"""A catalog, or one pair -> animations.
+
+- The results of a catalog are named by the digest of all that shapes them. A rerun lists them,
+  subtracts them and makes the rest.
+- Two Ray stages: `features` (every image and driving video once), then `render` (every animation,
+  ordered by driving video). A finished item is in the journal at once; its video was uploaded
+  before. The manifest is written last, sorted by id, so that an interrupted run ends in the same
+  bytes as another.
+- A pair needs neither Ray nor a manifest and starts at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+from kpmask.animate import Animator, Frame, Transfer
+from kpmask.config import AnimateJob
+from kpmask.driving import DrivingVideo
+from kpmask.errors import ConfigError
+from kpmask.media import images
+from kpmask.media.encode import encode
+from kpmask.records import (
+    AnimationItem,
+    AnimationRecord,
+    CatalogManifest,
+    EncodedVideo,
+    Failure,
+    FeatureRecord,
+    Progress,
+)
+from kpmask.report import GalleryMedia, gallery_page
+from tasks import storage
+from tasks.catalog import CatalogPlan, absolute, local_media, plan_catalog
+from tasks.cluster import ray_session, run_items
+from tasks.manifest import (
+    Journal,
+    check_failures,
+    read_table_if_any,
+    write_json,
+    write_table,
+)
+from tasks.render import (
+    FEATURES,
+    FeatureItem,
+    FeatureWorker,
+    RenderItem,
+    RenderWorker,
+    WorkerSettings,
+    driving_preview,
+    open_driving,
+    part_key,
+    source_preview,
+    with_sound,
+)
+from tasks.storage import ObjectStore
+
+log = logging.getLogger(__name__)
+
+OnProgress = Callable[[Progress], None]
+
+MANIFEST: Final = "manifest.parquet"
+FAILURES: Final = "failures.parquet"
+SUMMARY: Final = "summary.json"
+PAGE: Final = "index.html"
+JOURNAL: Final = "journal/render"
+FEATURE_JOURNAL: Final = "journal/features"
+DELETE_THREADS: Final = 16
+PROGRESS_EVERY_FRAMES: Final = 8
+
+
+# --- a catalog -------------------------------------------------------------------------------
+
+
+def animate_catalog(
+    job: AnimateJob, *, on_progress: OnProgress | None = None, dry_run: bool = False
+) -> CatalogManifest:
+    """Make every animation of a catalog, or of a grid of images and videos.
+
+    With `dry_run` nothing is written or drawn: `num_items` is what the catalog would hold.
+
+    Raises:
+        ConfigError: there is nothing to do, a column is wrong, or the motion is not supported.
+        CheckpointError: the weights cannot be read.
+        StorageError: a store denies, lacks space or does not answer; what is done is kept.
+        RunFailed: more than `max_failed_fraction` of the items failed; the others are there.
+    """
+    plan = plan_catalog(job)
+    store = storage.open_store(job.out)
+    if dry_run:
+        return _manifest(store, plan, [], plan.failures, num_items=len(plan.items))
+    run = _CatalogRun(job, plan, store)
+    finished = run.finished()
+    todo = [item for item in plan.items if item.item_id not in finished]
+    made, failures = run.make(todo, on_progress) if todo else ({}, [])
+    records = sorted({**finished, **made}.values(), key=lambda record: record.item_id)
+    manifest = run.publish(records, [*plan.failures, *failures])
+    check_failures(
+        [*plan.failures, *failures],
+        len(plan.items) + len(plan.failures),
+        job.max_failed_fraction,
+    )
+    return manifest
+
+
+def plan(job: AnimateJob) -> list[str]:
+    """What `animate_catalog` or `animate_pair` would do, a line each; nothing is written.
+
+    Raises:
+        KpmaskError: as they do.
+    """
+    if job.source is not None:
+        return [f"animate {job.source} by {job.driving} into {job.out}"]
+    planned = plan_catalog(job)
+    finished = _CatalogRun(job, planned, storage.open_store(job.out)).finished()
+    num_sources = len({item.source_sha256 for item in planned.items})
+    num_drivings = len({item.driving_sha256 for item in planned.items})
+    return [
+        f"{len(planned.items)} animations of {num_sources} images by {num_drivings} videos",
+        f"{len(finished)} are there already, {len(planned.items) - len(finished)} to do",
+        *(f"cannot be done: {f.item}: {f.code}: {f.cause}" for f in planned.failures),
+    ]
+
+
+class _CatalogRun:
+    """One run over a planned catalog."""
+
+    def __init__(self, job: AnimateJob, plan: CatalogPlan, store: ObjectStore) -> None:
+        self._job = job
+        self._plan = plan
+        self._store = store
+        self._journal = Journal(store, JOURNAL, AnimationRecord)
+        self._feature_journal = Journal(store, FEATURE_JOURNAL, FeatureRecord)
+        self._settings = WorkerSettings.of(job)
+
+    def finished(self) -> dict[str, AnimationRecord]:
+        """Records, by id, of the planned items that an earlier run made and that are there."""
+        known = {r.item_id: r for r in self._earlier()} | self._journal.done()
+        sizes_bytes = {info.key: info.size_bytes for info in self._store.list()}
+        return {
+            # Names and paths are this catalog's own; the content is what the id says.
+            item.item_id: dataclasses.replace(
+                known[item.item_id], name=item.name, source=item.source, driving=item.driving
+            )
+            for item in self._plan.items
+            if item.item_id in known and _is_there(known[item.item_id], sizes_bytes)
+        }
+
+    def _earlier(self) -> list[AnimationRecord]:
+        return read_table_if_any(self._store, MANIFEST, AnimationRecord) or []
+
+    def make(
+        self, todo: Sequence[AnimationItem], on_progress: OnProgress | None
+    ) -> tuple[dict[str, AnimationRecord], list[Failure]]:
+        """Make these items; their records by id, and the failures."""
+        with ray_session():
+            features, failures = self._features(todo, on_progress)
+            works = [work for item in todo if (work := _render_item(item, features)) is not None]
+            records: dict[str, AnimationRecord] = {}
+            for outcome in run_items(
+                works,
+                RenderWorker,
+                (self._settings,),
+                key=lambda work: work.item.name,
+                stage="render",
+                cluster=self._job.cluster,
+                on_progress=on_progress,
+            ):
+                if outcome.result is not None:
+                    self._journal.add(outcome.result.item_id, outcome.result)
+                    records[outcome.result.item_id] = outcome.result
+                elif outcome.failure is not None:
+                    failures.append(outcome.failure)
+        return records, failures
+
+    def _features(
+        self, todo: Sequence[AnimationItem], on_progress: OnProgress | None
+    ) -> tuple[dict[tuple[str, str], FeatureRecord], list[Failure]]:
+        """Features by kind and content, and a failure of each item that lacks one."""
+        wanted = self._wanted_features(todo)
+        known = self._known_features()
+        features: dict[tuple[str, str], FeatureRecord] = {
+            (w.kind, w.sha256): known[w.feature_id] for w in wanted if w.feature_id in known
+        }
+        broken: dict[tuple[str, str], Failure] = {}
+        for outcome in run_items(
+            [w for w in wanted if w.feature_id not in known],
+            FeatureWorker,
+            (self._settings,),
+            key=lambda feature: feature.uri,
+            stage=FEATURES,
+            cluster=self._job.cluster,
+            on_progress=on_progress,
+        ):
+            place = (outcome.item.kind, outcome.item.sha256)
+            if outcome.result is not None:
+                self._feature_journal.add(outcome.item.feature_id, outcome.result)
+                features[place] = outcome.result
+            elif outcome.failure is not None:
+                broken[place] = outcome.failure
+        return features, _blamed(todo, broken)
+
+    def _known_features(self) -> dict[str, FeatureRecord]:
+        """Features that an interrupted run left behind, whole."""
+        keys = {info.key for info in self._store.list(f"{FEATURES}/")}
+        return {
+            feature_id: record
+            for feature_id, record in self._feature_journal.done().items()
+            if all(part_key(feature_id, number) in keys for number in range(record.num_parts))
+        }
+
+    def _wanted_features(self, todo: Sequence[AnimationItem]) -> list[FeatureItem]:
+        """Each image and each driving video once; the videos first, which take longest."""
+        digest = self._plan.settings_digest
+        drivings = {
+            item.driving_sha256: FeatureItem.of(
+                "driving", item.driving, item.driving_sha256, digest
+            )
+            for item in todo
+        }
+        sources = {
+            item.source_sha256: FeatureItem.of("source", item.source, item.source_sha256, digest)
+            for item in todo
+        }
+        return [*drivings.values(), *sources.values()]
+
+    def publish(
+        self, records: Sequence[AnimationRecord], failures: Sequence[Failure]
+    ) -> CatalogManifest:
+        """Tables, summary and page; the manifest last. Then what only the run needed is removed."""
+        store, metadata = self._store, {"settings_digest": self._plan.settings_digest}
+        failures = sorted(failures, key=lambda f: (f.item, f.stage, f.code))
+        manifest = _manifest(store, self._plan, records, failures, num_items=len(records))
+        write_table(store, FAILURES, failures, Failure, metadata=metadata)
+        write_json(store, SUMMARY, manifest)
+        store.put(PAGE, gallery(manifest, records, failures).encode())
+        write_table(store, MANIFEST, records, AnimationRecord, metadata=metadata)
+        self._journal.clear()
+        self._feature_journal.clear()
+        keys = [info.key for info in store.list(f"{FEATURES}/")]
+        with ThreadPoolExecutor(DELETE_THREADS) as pool:
+            list(pool.map(store.delete, keys))
+        return manifest
+
+
+def gallery(
+    manifest: CatalogManifest, records: Sequence[AnimationRecord], failures: Sequence[Failure]
+) -> str:
+    """The page of a finished catalog; it refers to the files beside it."""
+    media = {
+        record.item_id: GalleryMedia(
+            source=source_preview(record.source_sha256),
+            driving=driving_preview(record.driving_sha256),
+            result=record.key,
+        )
+        for record in records
+    }
+    return gallery_page(
+        title="Animations",
+        manifest=manifest,
+        records=sorted(records, key=lambda record: record.name),
+        failures=failures,
+        media=media,
+    )
+
+
+def _manifest(
+    store: ObjectStore,
+    plan: CatalogPlan,
+    records: Sequence[AnimationRecord],
+    failures: Sequence[Failure],
+    *,
+    num_items: int,
+) -> CatalogManifest:
+    return CatalogManifest(
+        uri=store.uri,
+        settings_digest=plan.settings_digest,
+        weights_sha256=plan.weights_sha256,
+        num_items=num_items,
+        num_frames=sum(record.num_frames for record in records),
+        num_failures=len(failures),
+    )
+
+
+def _is_there(record: AnimationRecord, sizes_bytes: dict[str, int]) -> bool:
+    """Whether the result is in the store as it was recorded, and what the gallery shows with it."""
+    previews = (source_preview(record.source_sha256), driving_preview(record.driving_sha256))
+    whole = sizes_bytes.get(record.key) == record.size_bytes
+    return whole and all(key in sizes_bytes for key in previews)
+
+
+def _render_item(
+    item: AnimationItem, features: dict[tuple[str, str], FeatureRecord]
+) -> RenderItem | None:
+    source = features.get(("source", item.source_sha256))
+    driving = features.get(("driving", item.driving_sha256))
+    return None if source is None or driving is None else RenderItem(item, source, driving)
+
+
+def _blamed(todo: Sequence[AnimationItem], broken: dict[tuple[str, str], Failure]) -> list[Failure]:
+    """A failure for each item whose image or driving video has none; the image's comes first."""
+    failures = []
+    for item in todo:
+        source = broken.get(("source", item.source_sha256))
+        failure = source or broken.get(("driving", item.driving_sha256))
+        if failure is not None:
+            cause = f"{failure.item}: {failure.cause}"
+            failures.append(dataclasses.replace(failure, item=item.name, cause=cause))
+    return failures
+
+
+# --- one pair --------------------------------------------------------------------------------
+
+
+def animate_pair(job: AnimateJob, *, on_progress: OnProgress | None = None) -> EncodedVideo:
+    """Animate one image by one video into one `.mp4` file, frame by frame.
+
+    Raises:
+        ConfigError: `out` is no .mp4, or the motion is not supported.
+        CheckpointError: the weights cannot be read.
+        MediaError: the image or the video cannot be used.
+        StorageError: something is not there, or the result cannot be written.
+    """
+    assert job.source is not None and job.driving is not None
+    if not job.out.lower().endswith(".mp4"):
+        raise ConfigError("the result of one pair is an .mp4 file", subject="out")
+    store, key = storage.open_object(absolute(job.out))
+    settings = WorkerSettings.of(job)
+    animator = Animator.load(storage.local_copy(job.checkpoint), device=job.device)
+    Transfer(job.motion, job.adapt_scale, job.best_frame).check(animator.system)
+    with (
+        local_media(absolute(job.source)) as source,
+        local_media(absolute(job.driving)) as driving_path,
+        tempfile.TemporaryDirectory(prefix="kpmask-") as folder,
+    ):
+        driving = open_driving(driving_path, settings, animator)
+        frames = animator.stream(
+            images.read_image(source, job.limits),
+            driving,
+            motion=job.motion,
+            adapt_scale=job.adapt_scale,
+            best_frame=job.best_frame,
+            batch_size=job.batch_size,
+        )
+        path = Path(folder) / "result.mp4"
+        video = encode(path, _counted(frames, driving, on_progress), fps=driving.fps)
+        if job.audio:
+            video, path = with_sound(path, driving_path, video, job.limits)
+        store.put_file(key, path)
+    if driving.num_frames_lost:
+        log.warning("%s is damaged: %d frames lost", job.driving, driving.num_frames_lost)
+    return video
+
+
+def _counted(
+    frames: Iterator[Frame], driving: DrivingVideo, on_progress: OnProgress | None
+) -> Iterator[Frame]:
+    expected = driving.num_frames_expected or 0
+    for number, frame in enumerate(frames, start=1):
+        yield frame
+        if on_progress and (number % PROGRESS_EVERY_FRAMES == 0 or number == expected):
+            on_progress(Progress("animate", number, max(expected, number)))
