@@ -150,7 +150,7 @@ def _fit(job: TrainJob, on_progress: OnProgress) -> None:
     except KeyboardInterrupt:
         log.warning("stopping: the workers finish their step and leave a checkpoint")
         channel.stop()
-        waiting.join(STOP_PATIENCE_S)
+        waiting.ended.wait(STOP_PATIENCE_S)
         raise
     finally:
         _, error = channel.read()
@@ -166,8 +166,7 @@ def _fit(job: TrainJob, on_progress: OnProgress) -> None:
 def _follow(waiting: _Waiting, channel: Channel, on_progress: OnProgress) -> None:
     shown: Progress | None = None
     while True:
-        waiting.join(POLL_S)
-        ended = not waiting.is_alive()
+        ended = waiting.ended.wait(POLL_S)
         progress, _ = channel.read()
         if progress is not None and progress != shown:
             on_progress(progress)
@@ -177,11 +176,16 @@ def _follow(waiting: _Waiting, channel: Channel, on_progress: OnProgress) -> Non
 
 
 class _Waiting(threading.Thread):
-    """Waits in `fit`, so that the main thread can hear of progress and of Ctrl-C."""
+    """Waits in `fit`, so that the main thread can hear of progress and of Ctrl-C.
+
+    `ended` is waited for in place of the thread: in Python 3.11 a `join` that Ctrl-C interrupts
+    takes the thread for finished.
+    """
 
     def __init__(self, trainer: TorchTrainer) -> None:
         super().__init__(daemon=True, name="ray-train")
         self._trainer = trainer
+        self.ended = threading.Event()
         self.error: Exception | None = None
 
     def run(self) -> None:
@@ -189,6 +193,8 @@ class _Waiting(threading.Thread):
             self._trainer.fit()
         except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
             self.error = error
+        finally:
+            self.ended.set()
 
 
 def _first_line(error: Exception) -> str:
