@@ -401,10 +401,11 @@ def _side_px(frame_shape: object, path: Path) -> int:
     if (
         not isinstance(frame_shape, list)
         or len(frame_shape) < 2
+        or not isinstance(frame_shape[0], int)
         or frame_shape[0] != frame_shape[1]
     ):
         raise ConfigError(f"frame_shape must be square, not {frame_shape!r}", subject=str(path))
-    return int(frame_shape[0])
+    return frame_shape[0]
 
 
 def _merge(settings: dict[str, Any], over: Mapping[str, Any]) -> None:

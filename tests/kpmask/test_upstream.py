@@ -1,0 +1,471 @@
+"""Checkpoints of the original layouts, made here with the names and shapes of the real ones."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from kpmask import checkpoint
+from kpmask.config import (
+    DenseMotion,
+    FommGenerator,
+    FommModel,
+    Hourglass,
+    KeypointDetector,
+    KeypointMaskModel,
+    LowResolution,
+)
+from kpmask.errors import CheckpointError, ConfigError
+from kpmask.models import build_system
+from kpmask.upstream import export_upstream, import_checkpoint, import_upstream
+
+_spec = importlib.util.spec_from_file_location(
+    "model_reference", Path(__file__).with_name("model_reference.py")
+)
+assert _spec is not None
+assert _spec.loader is not None
+slow = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(slow)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# --- files in the original layouts, built from their description -----------------------------
+
+K = 3
+
+
+def block(name: str, cin: int, cout: int, kernel: int = 3) -> dict[str, Tensor]:
+    return {
+        f"{name}.conv.weight": torch.randn(cout, cin, kernel, kernel) / (kernel * cin**0.5),
+        f"{name}.conv.bias": torch.randn(cout) * 0.1,
+        **norm(f"{name}.norm", cout),
+    }
+
+
+def norm(name: str, channels: int) -> dict[str, Tensor]:
+    return {
+        f"{name}.weight": torch.rand(channels) + 0.5,
+        f"{name}.bias": torch.randn(channels) * 0.1,
+        f"{name}.running_mean": torch.randn(channels) * 0.1,
+        f"{name}.running_var": torch.rand(channels) + 0.5,
+        f"{name}.num_batches_tracked": torch.tensor(100),
+    }
+
+
+def conv(name: str, cin: int, cout: int) -> dict[str, Tensor]:
+    return {
+        f"{name}.weight": torch.randn(cout, cin, 7, 7) * 0.1,
+        f"{name}.bias": torch.randn(cout) * 0.1,
+    }
+
+
+def hourglass(name: str, cin: int, width: int, blocks: int, most: int) -> dict[str, Tensor]:
+    widths = [min(most, width * 2**i) for i in range(blocks + 1)]
+    tensors: dict[str, Tensor] = {}
+    for i in range(blocks):
+        tensors |= block(f"{name}.encoder.down_blocks.{i}", widths[i] if i else cin, widths[i + 1])
+    for n, i in enumerate(reversed(range(blocks))):
+        double = 1 if n == 0 else 2
+        tensors |= block(f"{name}.decoder.up_blocks.{n}", double * widths[i + 1], widths[i])
+    return tensors
+
+
+def kernel() -> Tensor:
+    from kpmask.models.layers import gaussian_kernel
+
+    return gaussian_kernel(0.5).expand(3, 1, 5, 5).clone()
+
+
+def detector() -> dict[str, Tensor]:
+    return {
+        **hourglass("predictor", 3, 4, 2, 8),
+        **conv("kp", 7, K),
+        **conv("jacobian", 7, 4 * K),
+        "down.weight": kernel(),
+    }
+
+
+def residual(name: str, channels: int) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for i in (1, 2):
+        tensors[f"{name}.conv{i}.weight"] = torch.randn(channels, channels, 3, 3) * 0.1
+        tensors[f"{name}.conv{i}.bias"] = torch.randn(channels) * 0.1
+        tensors |= norm(f"{name}.norm{i}", channels)
+    return tensors
+
+
+def fomm_file() -> dict[str, Any]:
+    motion = "dense_motion_network"
+    generator = {
+        **hourglass(f"{motion}.hourglass", 4 * (K + 1), 4, 2, 8),
+        **conv(f"{motion}.mask", 4 + 4 * (K + 1), K + 1),
+        **conv(f"{motion}.occlusion", 4 + 4 * (K + 1), 1),
+        f"{motion}.down.weight": kernel(),
+        **block("first", 3, 4, 7),
+        **block("down_blocks.0", 4, 8),
+        **block("down_blocks.1", 8, 8),
+        **block("up_blocks.0", 8, 8),
+        **block("up_blocks.1", 8, 4),
+        **residual("bottleneck.r0", 8),
+        **conv("final", 4, 3),
+    }
+    return {
+        "generator": generator,
+        "discriminator": {"discs.1.conv.weight": torch.zeros(1)},
+        "kp_detector": detector(),
+        "optimizer_generator": {"state": {0: {"step": 5}}, "param_groups": []},
+        "optimizer_kp_detector": {},
+        "epoch": 99,
+    }
+
+
+FOMM = FommModel(
+    image_size_px=256,
+    detector=KeypointDetector(
+        block_expansion=4, num_blocks=2, max_features=8, num_keypoints=K, scale_factor=0.5
+    ),
+    dense_motion=DenseMotion(block_expansion=4, num_blocks=2, max_features=8, scale_factor=0.5),
+    generator=FommGenerator(
+        block_expansion=4, num_down_blocks=2, num_bottleneck_blocks=1, max_features=8
+    ),
+)
+
+
+def keypoint_mask_file() -> dict[str, Any]:
+    generator = {
+        "source_first.weight": kernel(),
+        **block("first", 5, 8, 7),
+        **block("down_blocks.0", 4, 8),
+        **block("up_blocks.0", 8, 4),
+        **residual("bottleneck.r0", 8),
+        **residual("bottleneck.r1", 8),
+        **conv("final", 4, 3),
+        **hourglass("hourglass", 8, 4, 3, 1024),
+        **conv("final_hourglass", 12, 3),
+    }
+    return {
+        "generator": generator,
+        "kp_detector": detector(),
+        "optimizer_generator": {},
+        "epoch": 89,
+    }
+
+
+KEYPOINT_MASK = KeypointMaskModel(
+    image_size_px=256,
+    detector=FOMM.detector,
+    low_resolution=LowResolution(scale_factor=0.5, block_expansion=4, num_bottleneck_blocks=2),
+    high_resolution=Hourglass(block_expansion=4, num_blocks=3, max_features=1024),
+)
+
+
+def saved(path: Path, content: object, *, new_format: bool = True) -> Path:
+    torch.save(content, path, _use_new_zipfile_serialization=new_format)
+    return path
+
+
+def yaml_file(path: Path, **groups: Any) -> Path:
+    path.write_text(yaml.safe_dump(groups))
+    return path
+
+
+# --- reading ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+@torch.no_grad()
+def test_fomm_computes_what_its_file_says(tmp_path: Path, new_format: bool) -> None:
+    content = fomm_file()
+    system = import_upstream(saved(tmp_path / "f.pth.tar", content, new_format=new_format))
+    assert system.config == FOMM
+    assert not system.training
+    system.config = FOMM.model_copy(update={"image_size_px": 32})
+    source_image, driving_image = torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32)
+    states = [
+        slow.detector(content["kp_detector"], image, scale=0.5)[2:]
+        for image in (source_image, driving_image)
+    ]
+    expected = slow.fomm_generator(
+        content["generator"], source_image, *states, scale=0.5, variance=0.01, align_corners=True
+    )
+    found = system.render(
+        system.encode_source(source_image), system.encode_driving(driving_image)
+    ).image_BCHW
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+@torch.no_grad()
+def test_keypoint_mask_computes_what_its_file_says(tmp_path: Path, new_format: bool) -> None:
+    content = keypoint_mask_file()
+    path = saved(tmp_path / "k.pth.tar", content, new_format=new_format)
+    size = yaml_file(tmp_path / "32.yaml", dataset_params={"frame_shape": [32, 32, 3]})
+    system = import_upstream(path, config=size)
+    assert system.config == KEYPOINT_MASK.model_copy(update={"image_size_px": 32})
+    source_image, driving_image = torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32)
+    masks = [
+        slow.mask(slow.detector(content["kp_detector"], i, scale=0.5)[0].double().numpy(), ring=3)
+        for i in (source_image, driving_image)
+    ]
+    low, high = slow.keypoint_mask_generator(content["generator"], source_image, *masks, scale=0.5)
+    found = system.render(system.encode_source(source_image), system.encode_driving(driving_image))
+    torch.testing.assert_close(found.low_resolution_BCHW, low, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.image_BCHW, high, rtol=0, atol=1e-5)
+
+
+def test_defaults_are_the_published_settings() -> None:
+    for config in (FommModel(), KeypointMaskModel()):
+        with torch.device("meta"):
+            sections = build_system(config).to_empty(device="cpu")
+        content = export_upstream(sections)
+        for section in ("generator", "kp_detector"):
+            for value in content[section].values():
+                value.zero_()
+        system = _imported(content)
+        assert system.config == config
+
+
+def _imported(content: dict[str, Any], **options: Any) -> Any:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        return import_upstream(saved(Path(folder) / "c.pth.tar", content), **options)
+
+
+def test_export_is_the_inverse_of_import() -> None:
+    for content in (fomm_file(), keypoint_mask_file()):
+        again = export_upstream(_imported(content))
+        for section in ("generator", "kp_detector"):
+            assert set(again[section]) == set(content[section])
+            for key, value in content[section].items():
+                if section == "generator" and "final_hourglass.weight" in content["generator"]:
+                    dead = key.startswith("down_blocks.")
+                else:
+                    dead = False
+                found = again[section][key]
+                assert found.shape == value.shape
+                assert dead or torch.equal(found, value), key
+
+
+def test_variants_are_read_off_the_shapes() -> None:
+    content = fomm_file()
+    kept = {k: v for k, v in content["kp_detector"].items() if not k.startswith("jacobian")}
+    zero_order = {**content, "kp_detector": kept}
+    assert not _imported(zero_order).config.detector.estimate_jacobian
+    single = {**content, "kp_detector": {**kept, **conv("jacobian", 7, 4)}}
+    assert _imported(single).config.detector.single_jacobian_map
+    small = {k: v for k, v in content["kp_detector"].items() if k != "down.weight"}
+    assert _imported({**content, "kp_detector": small}).config.detector.scale_factor == 1
+    generator = {k: v for k, v in content["generator"].items() if "occlusion" not in k}
+    found = _imported({**content, "generator": generator}).config
+    assert not found.dense_motion.estimate_occlusion
+    generator = {k: v for k, v in content["generator"].items()}
+    narrow = fomm_file() | {"epoch": 3}
+    narrow.pop("discriminator")
+    narrow.pop("optimizer_generator")
+    assert _imported(narrow).config == FOMM
+
+
+def test_prefixes_of_data_parallel_are_stripped_once() -> None:
+    content = fomm_file()
+    for section in ("generator", "kp_detector"):
+        content[section] = {f"module.{k}": v for k, v in content[section].items()}
+    assert _imported(content).config == FOMM
+    content["generator"] = {f"module.{k}": v for k, v in content["generator"].items()}
+    with pytest.raises(CheckpointError):
+        _imported(content)
+
+
+def test_detector_of_another_file(tmp_path: Path) -> None:
+    content, other = keypoint_mask_file(), fomm_file()
+    path = saved(tmp_path / "k.pth.tar", content)
+    source = saved(tmp_path / "f.pth.tar", other)
+    system = import_upstream(path, kp_detector=source)
+    found = export_upstream(system)["kp_detector"]
+    assert all(torch.equal(found[k], v) for k, v in other["kp_detector"].items())
+    del content["kp_detector"]
+    saved(path, content)
+    with pytest.raises(CheckpointError, match="--kp-detector"):
+        import_upstream(path)
+    import_upstream(path, kp_detector=source)
+
+
+def test_import_into_a_file(tmp_path: Path) -> None:
+    path, out = saved(tmp_path / "k.pth.tar", keypoint_mask_file()), tmp_path / "k.safetensors"
+    line = import_checkpoint(path, out, mask="circles")
+    loaded = checkpoint.load(out)
+    assert loaded.sha256 in line
+    assert "keypoint-mask, circles" in line
+    assert loaded.config == KEYPOINT_MASK.model_copy(update={"mask": "circles"})
+    assert loaded.info == {"imported_from": "k.pth.tar"}
+
+
+# --- the original configuration --------------------------------------------------------------
+
+COMMON = {"num_kp": K, "num_channels": 3, "estimate_jacobian": True}
+WIDTHS = {"block_expansion": 4, "max_features": 8, "num_blocks": 2}
+
+
+def test_fomm_configuration(tmp_path: Path) -> None:
+    generator = {
+        "block_expansion": 4,
+        "max_features": 8,
+        "num_down_blocks": 2,
+        "num_bottleneck_blocks": 1,
+        "estimate_occlusion_map": True,
+        "dense_motion_params": {**WIDTHS, "scale_factor": 0.5, "kp_variance": 0.02},
+    }
+    groups: dict[str, Any] = {
+        "dataset_params": {"frame_shape": [128, 128, 3], "root_dir": "anywhere"},
+        "model_params": {
+            "common_params": COMMON,
+            "kp_detector_params": {**WIDTHS, "scale_factor": 0.5, "temperature": 0.2},
+            "generator_params": generator,
+            "discriminator_params": {"scales": [1]},
+        },
+        "train_params": {"num_epochs": 100},
+    }
+    found = _imported(fomm_file(), config=yaml_file(tmp_path / "c.yaml", **groups)).config
+    assert found.image_size_px == 128
+    assert found.detector.temperature == 0.2
+    assert found.dense_motion.kp_variance == 0.02
+    assert found.detector.num_keypoints == K
+    groups["model_params"]["common_params"] = {**COMMON, "num_kp": 5}
+    with pytest.raises(CheckpointError, match=r"kp_detector.kp.weight \[3, 7, 7, 7\], not \[5"):
+        _imported(fomm_file(), config=yaml_file(tmp_path / "c.yaml", **groups))
+    groups["model_params"]["common_params"] = {**COMMON, "num_kps": 5}
+    with pytest.raises(ConfigError, match="no such setting of the original model: num_kps"):
+        _imported(fomm_file(), config=yaml_file(tmp_path / "c.yaml", **groups))
+
+
+@pytest.mark.parametrize(
+    ("group", "switches", "mask"),
+    [
+        ("kp_detector_params", {}, "heatmap"),
+        ("kp_detector_params", {"kp_after_softmax": False}, "heatmap"),
+        ("kp_detector_params", {"kp_after_softmax": True}, "circles"),
+        ("common_params", {"kp_after_softmax": True}, "circles"),
+        ("kp_detector_params", {"softmax_mask": True}, "softmax"),
+        ("kp_detector_params", {"softmax_mask": True, "kp_after_softmax": True}, "softmax"),
+    ],
+)
+def test_mask_of_a_configuration(
+    tmp_path: Path, group: str, switches: dict[str, bool], mask: str
+) -> None:
+    model = {
+        "common_params": {**COMMON, "scale_factor": 0.5},
+        "kp_detector_params": {**WIDTHS, "temperature": 0.1},
+        "generator_params": {
+            "block_expansion": 4,
+            "max_features": 512,
+            "num_down_blocks": 1,
+            "num_bottleneck_blocks": 2,
+        },
+    }
+    model[group] = {**model[group], **switches}
+    path = yaml_file(tmp_path / "c.yaml", model_params=model)
+    assert _imported(keypoint_mask_file(), config=path).config.mask == mask
+    assert _imported(keypoint_mask_file(), config=path, mask="heatmap").config.mask == "heatmap"
+
+
+def test_configurations_that_are_none(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    cases = {
+        "model_params: [": "not YAML",
+        "- a": "not a table",
+        "model_params: 3": "model_params is not a table",
+        "dataset_params: {frame_shape: [256, 128, 3]}": "must be square",
+        "dataset_params: {frame_shape: [wide, wide, 3]}": "must be square",
+        "a: !!python/object/apply:os.system ['touch was-run']": "not YAML",
+    }
+    for text, message in cases.items():
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            _imported(fomm_file(), config=path)
+    with pytest.raises(ConfigError, match="No such file"):
+        _imported(fomm_file(), config=tmp_path / "gone.yaml")
+
+
+# --- refusals --------------------------------------------------------------------------------
+
+
+def changed(section: str, **tensors: Tensor | None) -> dict[str, Any]:
+    content = keypoint_mask_file()
+    for name, value in tensors.items():
+        key = name.replace("__", ".")
+        if value is None:
+            del content[section][key]
+        else:
+            content[section][key] = value
+    return content
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (changed("generator", final__bias=None), "1 tensors missing: generator.final.bias"),
+        (changed("kp_detector", kp__bias=None), "1 tensors missing: kp_detector.kp.bias"),
+        (changed("kp_detector", extra=torch.zeros(1)), "1 tensors left over: kp_detector.extra"),
+        (
+            changed("generator", down_blocks__0__conv__bias=None),
+            "1 tensors missing: generator.down_blocks.0.conv.bias",
+        ),
+        (
+            changed("generator", down_blocks__0__conv__bias=torch.zeros(3)),
+            r"generator.down_blocks.0.conv.bias \[3\], not \[8\]",
+        ),
+        (
+            changed("generator", first__conv__weight=torch.zeros(9, 5, 7, 7)),
+            r"generator.first.conv.weight \[9, 5, 7, 7\], not \[8, 5, 7, 7\]",
+        ),
+        (
+            changed("generator", final__bias=torch.tensor([0, float("nan"), 0])),
+            "low_resolution.final.bias holds NaN",
+        ),
+        (changed("generator", final__weight=None), "missing: generator.final.weight"),
+        (changed("generator", final__weight=torch.zeros(3)), "of another shape"),
+        (changed("generator", source_first__weight=torch.zeros(3, 1, 13, 13)), "source_first"),
+        (changed("kp_detector", down__weight=torch.zeros(3, 1, 4, 4)), "no scale's kernel"),
+        ({**keypoint_mask_file(), "mask_generator": {}}, "refined-masking"),
+        ({**keypoint_mask_file(), "ema": {}}, "no known layout: ema"),
+        ({"generator": {"a": torch.zeros(1)}, "kp_detector": detector()}, "neither FOMM's nor"),
+        ({"generator": {"a": 3}, "kp_detector": {}}, "generator is not a dictionary of tensors"),
+        ({"epoch": 3}, "has no kp_detector"),
+        ([1, 2], "not a dictionary of sections"),
+    ],
+)
+def test_refused_with_what_is_wrong(content: Any, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message) as raised:
+        _imported(content)
+    assert raised.value.subject.endswith("c.pth.tar")
+
+
+def test_wrong_arguments(tmp_path: Path) -> None:
+    path = saved(tmp_path / "f.pth.tar", fomm_file())
+    with pytest.raises(CheckpointError, match="holds a fomm checkpoint, not keypoint-mask"):
+        import_upstream(path, system="keypoint-mask")
+    with pytest.raises(ConfigError, match="'x' is not one of fomm, keypoint-mask"):
+        import_upstream(path, system="x")
+    with pytest.raises(ConfigError, match="'x' is not one of heatmap, circles, softmax"):
+        import_upstream(path, mask="x")
+    with pytest.raises(ConfigError, match="no mask"):
+        import_upstream(path, mask="circles")
+    with pytest.raises(CheckpointError, match="No such file"):
+        import_upstream(tmp_path / "gone.pth.tar")
+    (tmp_path / "text").write_text("hello")
+    with pytest.raises(CheckpointError, match="not a file of tensors"):
+        import_upstream(tmp_path / "text")
