@@ -287,7 +287,8 @@ def _listed(what: str, items: Iterable[str]) -> list[str]:
     if not names:
         return []
     more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-    return [f"{len(names)} tensors {what}: {', '.join(names[:MAX_LISTED])}{more}"]
+    tensors = "tensor" if len(names) == 1 else "tensors"
+    return [f"{len(names)} {tensors} {what}: {', '.join(names[:MAX_LISTED])}{more}"]
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], *, subject: str) -> None:

@@ -194,8 +194,8 @@ def widen(_: dict[str, Tensor], document: dict[str, Any]) -> None:
 KEY = "detector.kp.weight"
 NAN = torch.full((3, 7, 7, 7), float("nan"))
 CHANGES: dict[str, tuple[Change, str]] = {
-    "missing": (lambda t, d: t.pop(KEY), "1 tensors missing: detector.kp.weight"),
-    "left over": (lambda t, d: t.update(x=torch.zeros(1)), "1 tensors left over: x"),
+    "missing": (lambda t, d: t.pop(KEY), "1 tensor missing: detector.kp.weight"),
+    "left over": (lambda t, d: t.update(x=torch.zeros(1)), "1 tensor left over: x"),
     "shape": (
         lambda t, d: t.update({KEY: torch.zeros(3, 7, 3, 3)}),
         r"detector.kp.weight \[3, 7, 3, 3\], not \[3, 7, 7, 7\]",

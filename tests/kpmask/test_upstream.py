@@ -417,12 +417,12 @@ def changed(section: str, **tensors: Tensor | None) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (changed("generator", final__bias=None), "1 tensors missing: generator.final.bias"),
-        (changed("kp_detector", kp__bias=None), "1 tensors missing: kp_detector.kp.bias"),
-        (changed("kp_detector", extra=torch.zeros(1)), "1 tensors left over: kp_detector.extra"),
+        (changed("generator", final__bias=None), "1 tensor missing: generator.final.bias"),
+        (changed("kp_detector", kp__bias=None), "1 tensor missing: kp_detector.kp.bias"),
+        (changed("kp_detector", extra=torch.zeros(1)), "1 tensor left over: kp_detector.extra"),
         (
             changed("generator", down_blocks__0__conv__bias=None),
-            "1 tensors missing: generator.down_blocks.0.conv.bias",
+            "1 tensor missing: generator.down_blocks.0.conv.bias",
         ),
         (
             changed("generator", down_blocks__0__conv__bias=torch.zeros(3)),
