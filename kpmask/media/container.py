@@ -45,6 +45,9 @@ DEMUXERS = (
 )
 # These carry no time for each frame (AVI's are wrong for B-frames): frames are counted instead.
 UNTIMED_DEMUXERS = frozenset({"avi", "h264", "hevc", "m4v", "mpegvideo"})
+# Only in these does a frame keep its timestamp however it is reached: an MPEG program stream, for
+# one, gives other times after a seek. The rest are read from their start.
+SEEKABLE_DEMUXERS = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flv"})
 # Of these the header, and not the data, says how long the file is.
 HEADER_LENGTH_DEMUXERS = frozenset({"matroska,webm", "avi", "flv", "asf"})
 
@@ -84,10 +87,11 @@ def sniff(path: Path) -> Content:
         head = file.read(16)
     if not head:
         raise MediaError("the file is empty", subject=path.name, code="empty_file")
-    return _content_of(head)
+    return content_of(head)
 
 
-def _content_of(head: bytes) -> Content:
+def content_of(head: bytes) -> Content:
+    """What a file holds, by its first 16 bytes."""
     if head.startswith(_IMAGE_MAGIC) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP"):
         return "image"
     if head[4:8] == b"ftyp" and head[8:12] in _IMAGE_BRANDS:

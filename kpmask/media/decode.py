@@ -82,7 +82,19 @@ def as_rate(fps: float) -> Fraction:
     for base in _NTSC:
         if abs(fps - base * 1000 / 1001) < 1e-3:
             return Fraction(base * 1000, 1001)
-    return Fraction(fps).limit_denominator(1001) or Fraction(fps)
+    return Fraction(fps).limit_denominator(1001 if fps >= 1 else 1_000_000)
+
+
+def check_length(num_frames: int, *, min_frames: int, subject: str) -> None:
+    """Refuse what is left of a source where it is too little.
+
+    Raises:
+        MediaError: too_short.
+    """
+    if num_frames < min_frames:
+        raise MediaError(
+            f"{num_frames} frames, and the least is {min_frames}", subject=subject, code="too_short"
+        )
 
 
 def frames(

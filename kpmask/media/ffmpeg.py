@@ -77,8 +77,8 @@ def normalise(
 ) -> EncodedVideo:
     """Write a video as H.264 in MP4 with timestamps, an index and a key frame every 2 s.
 
-    For raw streams and AVI, which cannot be read from their middle: worth it where many short
-    spans of a long file are wanted. The picture is turned upright and nearly lossless (crf 10).
+    For AVI, MPEG and raw streams, which cannot be read from their middle (`can_seek`). Worth it
+    where many short spans of a long file are wanted. Upright, and nearly lossless (crf 10).
 
     Raises:
         MediaError: it cannot be read, breaks a limit, or is damaged (ffmpeg_failed).

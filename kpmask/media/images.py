@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,15 +18,24 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PilImage
-from PIL import ImageOps, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
 from kpmask.config import MediaLimits
 from kpmask.errors import MediaError
-from kpmask.media.container import check_bytes, check_size, sniff
+from kpmask.media.container import check_bytes, check_size, content_of, sniff
 from kpmask.media.graph import Size, blend_over_black
 
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM", "GIF", "AVIF")
 _EXIF_ORIENTATION = 0x0112
+_TURNS = {
+    2: PilImage.Transpose.FLIP_LEFT_RIGHT,
+    3: PilImage.Transpose.ROTATE_180,
+    4: PilImage.Transpose.FLIP_TOP_BOTTOM,
+    5: PilImage.Transpose.TRANSPOSE,
+    6: PilImage.Transpose.ROTATE_270,
+    7: PilImage.Transpose.TRANSVERSE,
+    8: PilImage.Transpose.ROTATE_90,
+}
 _MAX_STACK_FACTOR = 4  # a stack may hold that many times the pixels of the largest picture
 
 
@@ -37,16 +47,15 @@ def read_image(path: Path, limits: MediaLimits) -> NDArray[np.uint8]:
             too_small, truncated, decode_errors.
     """
     with _opened(path, limits) as image:
-        check_size(*_upright_size(image), limits, subject=path.name)
+        check_size(*image.size, limits, subject=path.name)
         return _rgb(image, path.name)
 
 
 def image_size(path: Path, limits: MediaLimits) -> Size:
     """Width and height of a picture as displayed, by its header; raises as `read_image`."""
     with _opened(path, limits) as image:
-        size_px = _upright_size(image)
-    check_size(*size_px, limits, subject=path.name)
-    return size_px
+        check_size(*image.size, limits, subject=path.name)
+        return _upright_size(image)
 
 
 def read_stack(path: Path, limits: MediaLimits) -> NDArray[np.uint8]:
@@ -112,6 +121,11 @@ def _identified(file: BinaryIO, subject: str) -> PilImage.Image:
     except PilImage.DecompressionBombError as error:
         raise MediaError(str(error), subject=subject, code="dimensions_over_limit") from error
     except UnidentifiedImageError as error:
+        file.seek(0)
+        if content_of(file.read(16)) == "image":
+            raise MediaError(
+                "its header cannot be read", subject=subject, code="decode_errors"
+            ) from error
         raise MediaError("not a picture", subject=subject, code="not_media") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise MediaError(
@@ -121,22 +135,34 @@ def _identified(file: BinaryIO, subject: str) -> PilImage.Image:
 
 def _upright_size(image: PilImage.Image) -> Size:
     width_px, height_px = image.size
-    turned = image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
-    return (height_px, width_px) if turned else (width_px, height_px)
+    return (height_px, width_px) if _orientation(image) in (5, 6, 7, 8) else (width_px, height_px)
+
+
+def _orientation(image: PilImage.Image) -> int:
+    """The EXIF orientation, 1 to 8, by what stands before the pixels."""
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1  # Pillow would decode the whole picture to look behind it
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # EXIF that is broken is no EXIF
+        try:
+            value = image.getexif().get(_EXIF_ORIENTATION, 1)
+        except (SyntaxError, ValueError, KeyError, TypeError, OSError, struct.error):
+            return 1
+    return value if value in range(1, 9) else 1
 
 
 def _rgb(image: PilImage.Image, subject: str) -> NDArray[np.uint8]:
+    turn = _TURNS.get(_orientation(image))
     try:
         image.load()
-        image = ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         cut = "truncated" in str(error) or isinstance(error, EOFError)
         raise MediaError(
             f"it cannot be decoded: {error}",
             subject=subject,
             code="truncated" if cut else "decode_errors",
         ) from error
-    return _to_rgb(image)
+    return _to_rgb(image if turn is None else image.transpose(turn))
 
 
 def _to_rgb(image: PilImage.Image) -> NDArray[np.uint8]:

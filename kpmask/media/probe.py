@@ -39,7 +39,7 @@ def can_seek(path: Path, limits: MediaLimits) -> bool:
         MediaError: it cannot be read, or breaks a limit.
     """
     with Reader(path, limits) as reader:
-        return reader.timed
+        return reader.seekable
 
 
 def _of_video(reader: Reader) -> VideoProbe:

@@ -24,6 +24,7 @@ from kpmask.config import MediaLimits
 from kpmask.errors import MediaError
 from kpmask.media.container import (
     HEADER_LENGTH_DEMUXERS,
+    SEEKABLE_DEMUXERS,
     UNTIMED_DEMUXERS,
     check_size,
     frame_rate,
@@ -52,6 +53,9 @@ class Reader:
     Attributes:
         geometry: how the coded picture is displayed.
         rate: frames per second on average, exact.
+        timed: whether the file says each frame's time.
+        seekable: whether it can be read from its middle.
+        num_decoded: frames decoded so far, those passed over included.
         tolerance_s: for comparing times: 1e-6 s, and half a tick more where the container's
             ticks cannot hold the frame times (Matroska's milliseconds at 29.97 fps).
 
@@ -62,9 +66,9 @@ class Reader:
     def __init__(self, path: Path, limits: MediaLimits) -> None:
         self._path = path
         self._limits = limits
-        self._num_decoded = 0
+        self.num_decoded = 0
         self._time_s: float | None = None  # of the last frame read in this run of frames
-        self._refused_seek_s = -1.0
+        self._sought_s = -1.0
         self._open()
         try:
             self._start()
@@ -107,6 +111,7 @@ class Reader:
         check_size(*self.geometry.displayed_px, self._limits, subject=self._path.name)
         self.rate = frame_rate(self.container, self.stream, self._limits)
         self.timed = self.container.format.name not in UNTIMED_DEMUXERS and frame.pts is not None
+        self.seekable = self.timed and self.container.format.name in SEEKABLE_DEMUXERS
         self._time_base = self.stream.time_base or Fraction(1)
         self.tolerance_s = self._tolerance_s()
         self._count = 0
@@ -206,8 +211,8 @@ class Reader:
         self._check_end(last_end_s)
 
     def _count_decoded(self) -> None:
-        self._num_decoded += 1
-        if self._num_decoded > self._limits.max_frames:
+        self.num_decoded += 1
+        if self.num_decoded > self._limits.max_frames:
             raise self._error(f"more than {self._limits.max_frames} frames", "frames_over_limit")
 
     # --- damage ------------------------------------------------------------------------------
@@ -247,24 +252,25 @@ class Reader:
         Raises:
             MediaError: the file cannot be read from its start either.
         """
-        if time_s == self._refused_seek_s or not self._seek_pays(time_s):
-            self._refused_seek_s = time_s
+        if time_s == self._sought_s:
+            return  # once for a target: what is left of the way is decoded
+        if not self._seek_pays(time_s):
             return
+        self._sought_s = time_s
         for back_s in _BACK_OFF_S:
             if time_s - back_s > 0 and self._land(time_s - back_s, time_s):
                 return
-        self.container.close()
-        self._open()
+        self.close()
         self._time_s = None
+        self._open()
         self._start()
-        self._refused_seek_s = time_s
 
     def _ticks(self, time_s: float) -> int:
         return (self._first_pts or 0) + int(time_s / self._time_base)
 
     def _seek_pays(self, time_s: float) -> bool:
         now_s = self.next_time_s
-        if not self.timed or time_s - now_s < 0.5:
+        if not self.seekable or time_s - now_s < 0.5:
             return False
         index = self.stream.index_entries
         at = index.search_timestamp(self._ticks(time_s), backward=True) if len(index) else -1
