@@ -1,0 +1,554 @@
+"""Catalogs and pairs end to end: against the animator itself, with damage, reruns and kills."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import imageio_ffmpeg
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from kpmask import Animator, checkpoint
+from kpmask.config import (
+    AnimateJob,
+    Cluster,
+    Hourglass,
+    KeypointDetector,
+    KeypointMaskModel,
+    LowResolution,
+    MediaLimits,
+)
+from kpmask.errors import ConfigError, MediaError, RunFailed, StorageError
+from kpmask.media import decode, images
+from kpmask.media.encode import encode
+from kpmask.media.probe import probe
+from kpmask.models import build_system
+from kpmask.records import AnimationRecord, Failure, Progress, from_table
+from tasks.animate import animate_catalog, animate_pair, plan
+from tasks.catalog import matching, plan_catalog
+from tasks.render import FeatureItem, FeatureWorker, RenderItem, RenderWorker, WorkerSettings
+
+SIDE_PX = 32
+LIMITS = MediaLimits(min_side_px=16)
+MODEL = KeypointMaskModel(
+    image_size_px=SIDE_PX,
+    mask="circles",
+    detector=KeypointDetector(
+        block_expansion=4, num_blocks=2, max_features=8, num_keypoints=5, scale_factor=0.5
+    ),
+    low_resolution=LowResolution(scale_factor=0.5, block_expansion=4, num_bottleneck_blocks=1),
+    high_resolution=Hourglass(block_expansion=4, num_blocks=2, max_features=8),
+)
+
+
+def save_weights(path: Path, *, seed: int = 7, **changed: Any) -> Path:
+    torch.manual_seed(seed)
+    system = build_system(MODEL.model_copy(update=changed))
+    for parameter in system.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.1)
+    checkpoint.save(path, system, {})
+    return path
+
+
+def some_frames(count: int, *, seed: int = 0, size_px: tuple[int, int] = (48, 40)) -> np.ndarray:
+    """A bright square that wanders over stripes; width, height."""
+    width_px, height_px = size_px
+    frames = np.zeros((count, height_px, width_px, 3), np.uint8)
+    frames[:, :, ::4] = 40 + 10 * seed
+    for t in range(count):
+        left, top = (3 * t + 5 * seed) % (width_px - 12), (5 * t + seed) % (height_px - 12)
+        frames[t, top : top + 12, left : left + 12] = (250, 120 + 10 * (t % 8), 30 + 20 * seed)
+    return frames
+
+
+def add_sound(video: Path, out: Path, *, duration_s: float) -> Path:
+    sine = f"sine=frequency=440:duration={duration_s}"
+    arguments = ["-nostdin", "-v", "error", "-i", str(video), "-f", "lavfi", "-i", sine]
+    subprocess.run(
+        [imageio_ffmpeg.get_ffmpeg_exe(), *arguments, "-c:v", "copy", "-c:a", "aac", str(out)],
+        check=True,
+        timeout=60,
+    )
+    return out
+
+
+def cut_short(video: Path, out: Path) -> Path:
+    """The first part of a file whose index is at its front."""
+    data = video.read_bytes()
+    out.write_bytes(data[: len(data) * 6 // 10])
+    return out
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights, images and driving videos."""
+    folder = tmp_path_factory.mktemp("media")
+    save_weights(folder / "w.safetensors")
+    for number, size_px in enumerate([(48, 48), (40, 64)]):
+        image = some_frames(1, seed=number + 3, size_px=size_px)[0]
+        (folder / f"face{number}.png").write_bytes(images.encode_png(image))
+    (folder / "text.png").write_text("no picture")
+    encode(folder / "walk.mp4", some_frames(21), fps=12.5)
+    encode(folder / "jump.mp4", some_frames(9, seed=1, size_px=(64, 64)), fps=25)
+    encode(folder / "still.mp4", some_frames(1), fps=25)
+    noise = np.random.default_rng(0).integers(0, 255, (40, 64, 64, 3), dtype=np.uint8)
+    encode(folder / "whole.mp4", noise, fps=25)
+    cut_short(folder / "whole.mp4", folder / "cut.mp4")
+    add_sound(folder / "walk.mp4", folder / "sound.mp4", duration_s=3)
+    (folder / "frames").mkdir()
+    for number, frame in enumerate(some_frames(5, seed=2)):
+        (folder / "frames" / f"{number:03d}.png").write_bytes(images.encode_png(frame))
+    return folder
+
+
+def job_of(media: Path, out: Path, **changed: Any) -> AnimateJob:
+    values: dict[str, Any] = {
+        "checkpoint": str(media / "w.safetensors"),
+        "out": str(out),
+        "device": "cpu",
+        "limits": LIMITS,
+        "cluster": Cluster(num_workers=2),
+    }
+    return AnimateJob(**(values | changed))
+
+
+def write_catalog(media: Path, name: str, text: str) -> str:
+    path = media / name
+    path.write_text(text)
+    return str(path)
+
+
+def by_name(out: Path) -> dict[str, AnimationRecord]:
+    records = from_table(pq.read_table(out / "manifest.parquet"), AnimationRecord)
+    return {record.name: record for record in records}
+
+
+def failed(out: Path) -> dict[str, Failure]:
+    return {f.item: f for f in from_table(pq.read_table(out / "failures.parquet"), Failure)}
+
+
+def square_frames(path: Path) -> np.ndarray:
+    """What the animator should see of a driving video."""
+    found = probe(path, LIMITS)
+    side_px = min(found.width_px, found.height_px)
+    left, top = (found.width_px - side_px) // 2, (found.height_px - side_px) // 2
+    crop_px = (left, top, left + side_px, top + side_px)
+    frames = decode.frames(path, LIMITS, crop_px=crop_px, size_px=(SIDE_PX, SIDE_PX))
+    return np.stack([frame.rgb_HWC for frame in frames])
+
+
+# --- a catalog -------------------------------------------------------------------------------
+
+CATALOG = """source,driving,name,motion,adapt_scale,best_frame,audio
+face0.png,walk.mp4,plain,,,,
+face1.png,walk.mp4,relative,relative,true,true,
+face0.png,sound.mp4,loud,,,,true
+face1.png,jump.mp4,,,,,
+face0.png,frames,folder,,,,
+face1.png,cut.mp4,damaged,,,,
+text.png,walk.mp4,no image,,,,
+face0.png,still.mp4,one frame,,,,
+face0.png,absent.mp4,absent,,,,
+face0.png,../walk.mp4,outside,,,,
+face0.png,walk.mp4,plain,,,,
+face0.png,walk.mp4,plain again,,,,
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(media: Path, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A catalog that was run, and the progress that it reported."""
+    out = tmp_path_factory.mktemp("out") / "catalog"
+    seen: list[Progress] = []
+    job = job_of(media, out, catalog=write_catalog(media, "c.csv", CATALOG))
+    manifest = animate_catalog(job, on_progress=seen.append)
+    return job, out, manifest, seen
+
+
+def test_a_catalog_makes_what_it_can_and_records_the_rest(finished: Any) -> None:
+    _, out, manifest, _ = finished
+    assert set(by_name(out)) == {"plain", "relative", "loud", "face1--jump", "folder", "damaged"}
+    assert {name: failure.code for name, failure in failed(out).items()} == {
+        "no_image": "not_media",
+        "one_frame": "too_short",
+        "absent": "not_found",
+        "line 11": "path_escape",
+        "line 12": "duplicate_name",
+        "plain_again": "duplicate_row",
+    }
+    assert (manifest.num_items, manifest.num_failures) == (6, 6)
+    assert manifest.num_frames == sum(r.num_frames for r in by_name(out).values())
+
+
+def test_videos_are_those_of_the_animator(finished: Any, media: Path, tmp_path: Path) -> None:
+    _, out, _, _ = finished
+    animator = Animator.load(media / "w.safetensors", device="cpu")
+    records = by_name(out)
+    relative: dict[str, Any] = {"motion": "relative", "adapt_scale": True, "best_frame": True}
+    cases: list[tuple[str, str, str, dict[str, Any]]] = [
+        ("plain", "face0.png", "walk.mp4", {}),
+        ("relative", "face1.png", "walk.mp4", relative),
+        ("face1--jump", "face1.png", "jump.mp4", {}),
+    ]
+    for name, source, driving, options in cases:
+        image = images.read_image(media / source, LIMITS)
+        frames = animator.animate(image, square_frames(media / driving), **options)
+        expected = encode(tmp_path / "e.mp4", frames, fps=probe(media / driving, LIMITS).fps)
+        record = records[name]
+        assert record.sha256 == expected.sha256, name
+        assert (out / record.key).read_bytes() == (tmp_path / "e.mp4").read_bytes()
+        assert (record.fps, record.num_frames) == (expected.fps, len(frames))
+
+
+def test_sound_is_carried_over_when_asked_for(finished: Any) -> None:
+    _, out, _, _ = finished
+    records = by_name(out)
+    assert probe(out / records["loud"].key, LIMITS).has_audio
+    assert not probe(out / records["plain"].key, LIMITS).has_audio
+    assert records["loud"].num_frames == records["plain"].num_frames == 21
+
+
+def test_a_damaged_video_gives_its_good_frames(finished: Any) -> None:
+    _, out, _, _ = finished
+    record = by_name(out)["damaged"]
+    assert 2 <= record.num_frames < 40
+    assert record.num_frames + record.num_frames_lost == 40
+    assert by_name(out)["plain"].num_frames_lost == 0
+
+
+def test_each_input_is_encoded_once(finished: Any) -> None:
+    _, _, _, seen = finished
+    totals = {progress.stage: progress.total for progress in seen}
+    # walk, sound, jump, frames, cut, still; face0, face1, text. Absent ones are never tried.
+    assert totals["features"] == 9
+    assert Counter(progress.stage for progress in seen) == {"features": 9, "render": 6}
+
+
+def test_the_folder_holds_results_only_and_the_page_finds_them(finished: Any) -> None:
+    _, out, _, _ = finished
+    files = {path.relative_to(out) for path in out.rglob("*") if path.is_file()}
+    others = {str(f) for f in files if f.suffix != ".mp4" and f.parts[0] != "media"}
+    assert others == {"manifest.parquet", "failures.parquet", "summary.json", "index.html"}
+    page = (out / "index.html").read_text()
+    for record in by_name(out).values():
+        assert record.key in page
+    shown = [path for path in (out / "media").iterdir() if path.name in page]
+    assert len(shown) == 2 + 5  # images, and driving videos that made something
+
+
+def test_a_rerun_makes_what_is_lost_and_nothing_else(finished: Any) -> None:
+    job, out, manifest, _ = finished
+    before = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
+    lost = by_name(out)["plain"].key
+    (out / lost).unlink()
+    stamps = {p: p.stat().st_mtime_ns for p in out.glob("*.mp4")}
+    seen: list[Progress] = []
+    assert animate_catalog(job, on_progress=seen.append) == manifest
+    assert [(p.stage, p.total) for p in seen if p.stage == "render"] == [("render", 1)]
+    assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
+    assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
+
+
+def test_a_grid_is_every_image_by_every_video(
+    ray_cluster: None, media: Path, tmp_path: Path
+) -> None:
+    job = job_of(
+        media,
+        tmp_path / "out",
+        sources=f"{media}/face*.png",
+        drivings=f"{media}/[jw]*p.mp4",
+        cluster=Cluster(num_workers=1),
+    )
+    manifest = animate_catalog(job)
+    assert set(by_name(tmp_path / "out")) == {"face0--jump", "face1--jump"}
+    assert (manifest.num_items, manifest.num_frames) == (2, 18)
+    seen: list[Progress] = []
+    assert animate_catalog(job, on_progress=seen.append) == manifest
+    assert seen == [], "nothing is left to do"
+
+
+def test_too_many_failures_fail_the_run_after_they_are_written(media: Path, tmp_path: Path) -> None:
+    catalog = write_catalog(media, "e.csv", "source,driving,name\nx.png,jump.mp4,b\n,jump.mp4,c\n")
+    with pytest.raises(RunFailed, match="2 of 2 items failed") as caught:
+        animate_catalog(job_of(media, tmp_path / "out", catalog=catalog))
+    assert caught.value.code == "too_many_failures"
+    assert by_name(tmp_path / "out") == {}
+    assert set(failed(tmp_path / "out")) == {"b", "line 3"}
+
+
+def test_a_killed_run_ends_in_the_same_bytes(finished: Any, tmp_path: Path) -> None:
+    job, undisturbed, _, _ = finished
+    out = tmp_path / "killed"
+    job = job.model_copy(update={"out": str(out), "cluster": Cluster(num_workers=1)})
+    code = (
+        "import sys; from kpmask.config import AnimateJob; from tasks.animate import "
+        "animate_catalog; animate_catalog(AnimateJob.model_validate_json(sys.argv[1]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, job.model_dump_json()],
+        cwd=Path(__file__).parents[2],
+        start_new_session=True,
+    )
+    done = out / "journal" / "render" / "done"
+    deadline = time.monotonic() + 240
+    while len(list(done.glob("*.json"))) < 2:
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (out / "manifest.parquet").exists()
+    left = len(list(done.glob("*.json")))
+    assert 2 <= left < 6
+
+    seen: list[Progress] = []
+    animate_catalog(job, on_progress=seen.append)
+    counts = Counter(p.stage for p in seen)
+    # Of the features only those that had failed before, for they may be there now.
+    assert counts == {"render": 6 - left, "features": 2}
+    for name in ("manifest.parquet", "failures.parquet"):
+        assert (out / name).read_bytes() == (undisturbed / name).read_bytes()
+
+    def files(folder: Path) -> list[str]:
+        return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+    assert files(out) == files(undisturbed)
+
+
+# --- workers ---------------------------------------------------------------------------------
+
+
+def test_rendering_encodes_nothing_again(
+    media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_of(
+        media,
+        tmp_path / "out",
+        sources=f"{media}/face*.png",
+        drivings=f"{media}/walk.mp4",
+        batch_size=4,
+    )
+    planned = plan_catalog(job)
+    settings = WorkerSettings.of(job)
+    monkeypatch.setattr("tasks.render.FRAMES_PER_PART", 8)
+    counted: Counter[str] = Counter()
+
+    def count(name: str) -> None:
+        original = getattr(Animator, name)
+
+        def method(self: Animator, frames: Any) -> Any:
+            counted[name] += 1 if name == "encode_source" else len(list(frames))
+            return original(self, frames)
+
+        monkeypatch.setattr(Animator, name, method)
+
+    count("encode_source")
+    count("encode_driving")
+    worker = FeatureWorker(settings)
+    features = {}
+    first = planned.items[0]
+    for kind, uri, sha256 in [
+        ("driving", first.driving, first.driving_sha256),
+        *(("source", item.source, item.source_sha256) for item in planned.items),
+    ]:
+        features[sha256] = worker.process(FeatureItem.of(kind, uri, sha256, "s"))
+    assert counted == {"encode_source": 2, "encode_driving": 21}
+    assert features[first.driving_sha256].num_parts == 3  # 8 + 8 + 5
+
+    renderer = RenderWorker(settings)
+    renderer._animator._state_types  # noqa: B018 - found once, by encoding an empty frame
+    counted.clear()
+    for item in planned.items:
+        record = renderer.process(
+            RenderItem(item, features[item.source_sha256], features[item.driving_sha256])
+        )
+        assert record.num_frames == 21
+    assert counted == {}
+
+
+# --- the plan --------------------------------------------------------------------------------
+
+
+def test_ids_follow_content_and_wishes(media: Path, tmp_path: Path) -> None:
+    text = "source,driving,motion,audio\nface0.png,walk.mp4,,\n"
+    catalog = write_catalog(media, "p.csv", text)
+
+    def item_id(**changed: Any) -> str:
+        return (
+            plan_catalog(job_of(media, tmp_path, **({"catalog": catalog} | changed)))
+            .items[0]
+            .item_id
+        )
+
+    plain = item_id()
+    assert item_id() == plain
+    moved = media / "moved"
+    moved.mkdir()
+    for name in ("face0.png", "walk.mp4"):
+        (moved / name).write_bytes((media / name).read_bytes())
+    elsewhere = write_catalog(moved, "p.csv", text)
+    assert item_id(catalog=elsewhere) == plain
+    assert item_id(cluster=Cluster(num_workers=1), max_failed_fraction=0.1) == plain
+    other = save_weights(media / "other.safetensors", seed=8)
+    assert len({plain, item_id(motion="relative"), item_id(audio=True)}) == 3
+    assert item_id(checkpoint=str(other)) != plain
+    assert item_id(limits=MediaLimits(min_side_px=16, max_frames=5)) != plain
+    (moved / "face0.png").write_bytes((media / "face1.png").read_bytes())
+    assert item_id(catalog=elsewhere) != plain
+
+
+def test_items_of_a_driving_video_stay_together(media: Path, tmp_path: Path) -> None:
+    job = job_of(media, tmp_path, sources=str(media), drivings=f"{media}/*.mp4")
+    drivings = [item.driving for item in plan_catalog(job).items]
+    changes = sum(a != b for a, b in itertools.pairwise(drivings))
+    assert changes == len(set(drivings)) - 1
+
+
+def test_a_dry_run_writes_nothing(media: Path, tmp_path: Path) -> None:
+    job = job_of(media, tmp_path / "out", catalog=write_catalog(media, "c.csv", CATALOG))
+    manifest = animate_catalog(job, dry_run=True)
+    assert (manifest.num_items, manifest.num_failures) == (8, 4)
+    lines = plan(job)
+    assert "8 animations of 3 images by 6 videos" in lines[0]
+    assert any("path_escape" in line for line in lines)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_row_with_motion_that_the_model_lacks_fails_alone(media: Path, tmp_path: Path) -> None:
+    weights = save_weights(tmp_path / "h.safetensors", mask="heatmap")
+    text = "source,driving,name,motion\nface0.png,walk.mp4,a,\nface0.png,walk.mp4,b,relative\n"
+    catalog = write_catalog(media, "m.csv", text)
+    planned = plan_catalog(job_of(media, tmp_path, checkpoint=str(weights), catalog=catalog))
+    assert [item.name for item in planned.items] == ["a"]
+    assert [(f.item, f.code) for f in planned.failures] == [("b", "bad_row")]
+    with pytest.raises(ConfigError, match="supports absolute"):
+        plan_catalog(
+            job_of(media, tmp_path, checkpoint=str(weights), catalog=catalog, motion="relative")
+        )
+
+
+def test_what_is_wrong_with_the_command_is_said_before_anything_runs(
+    media: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        animate_catalog(job_of(media, tmp_path, sources=f"{media}/*.tif", drivings=str(media)))
+    assert (caught.value.subject, caught.value.code) == ("sources", "nothing_to_do")
+    for catalog in ("absent.csv", str(media / "absent.csv")):
+        with pytest.raises(ConfigError, match="no such catalog"):
+            animate_catalog(job_of(media, tmp_path, catalog=catalog))
+    with pytest.raises(ConfigError, match="best_frame"):
+        plan_catalog(
+            job_of(media, tmp_path, sources=str(media), drivings=str(media), best_frame=True)
+        )
+
+
+def test_globs(media: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = lambda found: [Path(uri).name for uri in found]  # noqa: E731
+    assert names(matching(f"{media}/face?.png", folders=False)) == ["face0.png", "face1.png"]
+    assert names(matching(f"{media}/**/00[0-2].png", folders=False)) == [
+        "000.png",
+        "001.png",
+        "002.png",
+    ]
+    assert names(matching(f"{media}/fr*", folders=True)) == ["frames"]
+    assert matching(f"{media}/fr*", folders=False) == []
+    assert names(matching(str(media / "walk.mp4"), folders=True)) == ["walk.mp4"]
+    assert "frames" in names(matching(str(media), folders=True))
+    assert "frames" not in names(matching(str(media), folders=False))
+    monkeypatch.chdir(media)
+    assert matching("walk.*", folders=True) == [str(media / "walk.mp4")]
+    assert matching(str(media / "nowhere"), folders=True) == []
+
+
+# --- one pair --------------------------------------------------------------------------------
+
+
+def test_a_pair_is_the_animators_video(media: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "result.mp4"
+    seen: list[Progress] = []
+    job = job_of(
+        media, out, source=str(media / "face1.png"), driving=str(media / "walk.mp4"), batch_size=4
+    )
+    video = animate_pair(job, on_progress=seen.append)
+    animator = Animator.load(media / "w.safetensors", device="cpu")
+    image = images.read_image(media / "face1.png", LIMITS)
+    frames = animator.animate(image, square_frames(media / "walk.mp4"), batch_size=4)
+    expected = encode(tmp_path / "e.mp4", frames, fps=12.5)
+    assert video == expected
+    assert out.read_bytes() == (tmp_path / "e.mp4").read_bytes()
+    assert seen[-1] == Progress("animate", 21, 21)
+
+
+def test_a_pair_with_every_option(media: Path, tmp_path: Path) -> None:
+    out = tmp_path / "result.mp4"
+    wanted: dict[str, Any] = {"motion": "relative", "adapt_scale": True, "best_frame": True}
+    job = job_of(
+        media,
+        out,
+        source=str(media / "face0.png"),
+        driving=str(media / "sound.mp4"),
+        audio=True,
+        **wanted,
+    )
+    video = animate_pair(job)
+    assert video.has_audio
+    assert (video.num_frames, video.fps, video.width_px) == (21, 12.5, SIDE_PX)
+    assert probe(out, LIMITS).has_audio
+
+
+def test_a_pair_keeps_the_good_part_of_a_damaged_video(media: Path, tmp_path: Path) -> None:
+    wanted = {"source": str(media / "face0.png"), "driving": str(media / "cut.mp4")}
+    job = job_of(media, tmp_path / "a.mp4", **wanted)
+    video = animate_pair(job)
+    assert 2 <= video.num_frames < 40
+    strict = job.model_copy(update={"min_driving_frames": 39, "out": str(tmp_path / "b.mp4")})
+    with pytest.raises(MediaError) as caught:
+        animate_pair(strict)
+    assert caught.value.code in {"truncated", "decode_errors"}
+    assert not (tmp_path / "b.mp4").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "driving", "code"),
+    [
+        ("text.png", "walk.mp4", "not_media"),
+        ("absent.png", "walk.mp4", "not_found"),
+        ("face0.png", "absent.mp4", "not_found"),
+        ("face0.png", "still.mp4", "too_short"),
+    ],
+)
+def test_a_pair_that_cannot_be(
+    media: Path, tmp_path: Path, source: str, driving: str, code: str
+) -> None:
+    wanted = {"source": str(media / source), "driving": str(media / driving)}
+    with pytest.raises(MediaError) as caught:
+        animate_pair(job_of(media, tmp_path / "out.mp4", **wanted))
+    assert caught.value.code == code
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_a_pair_cannot_go(media: Path, tmp_path: Path) -> None:
+    wanted = {"source": str(media / "face0.png"), "driving": str(media / "walk.mp4")}
+    with pytest.raises(ConfigError) as caught:
+        animate_pair(job_of(media, tmp_path, **wanted))
+    assert caught.value.subject == "out"
+    with pytest.raises(StorageError):
+        animate_pair(job_of(media, media / "walk.mp4" / "x.mp4", **wanted))
+
+
+def test_records_are_plain(finished: Any) -> None:
+    _, out, _, _ = finished
+    for record in by_name(out).values():
+        assert all(not isinstance(v, Path) for v in dataclasses.asdict(record).values())
