@@ -252,7 +252,18 @@ def gallery(
     manifest: CatalogManifest, records: Sequence[AnimationRecord], failures: Sequence[Failure]
 ) -> str:
     """The page of a finished catalog; it refers to the files beside it."""
-    media = {
+    return gallery_page(
+        title="Animations",
+        manifest=manifest,
+        records=sorted(records, key=lambda record: record.name),
+        failures=failures,
+        media=gallery_media(records),
+    )
+
+
+def gallery_media(records: Sequence[AnimationRecord]) -> dict[str, GalleryMedia]:
+    """What the gallery shows of each item: keys relative to the catalog."""
+    return {
         record.item_id: GalleryMedia(
             source=source_preview(record.source_sha256),
             driving=driving_preview(record.driving_sha256),
@@ -260,13 +271,6 @@ def gallery(
         )
         for record in records
     }
-    return gallery_page(
-        title="Animations",
-        manifest=manifest,
-        records=sorted(records, key=lambda record: record.name),
-        failures=failures,
-        media=media,
-    )
 
 
 def _manifest(
