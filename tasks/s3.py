@@ -62,6 +62,8 @@ UPLOAD_THREADS: Final = 4
 MAX_ATTEMPTS: Final = 6
 MAX_DELAY_S: Final = 20.0
 STALE_UPLOAD_S: Final = 24 * 3600.0
+CONNECT_TIMEOUT_S: Final = 5.0
+READ_TIMEOUT_S: Final = 30.0
 
 _jitter = random.Random()  # noqa: S311 - of its own: the caller's random state is not touched
 
@@ -152,6 +154,10 @@ class S3Store:
         _client().get_object(Bucket=self.bucket, Key=name)["Body"].close()
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        # Amazon lists in the order of keys, SeaweedFS folder by folder; ours is always the former.
+        yield from sorted(self._listed(prefix), key=lambda info: info.key)
+
+    def _listed(self, prefix: str) -> Iterator[ObjectInfo]:
         start = f"{self.prefix}/" if self.prefix else ""
         pages = _client().get_paginator("list_objects_v2")
         with self._errors(prefix):
@@ -451,8 +457,8 @@ def _config(addressing_style: Literal["auto", "path"]) -> Config:
         signature_version="s3v4",
         s3={"addressing_style": addressing_style},
         retries=retries,
-        connect_timeout=5,
-        read_timeout=60,
+        connect_timeout=CONNECT_TIMEOUT_S,
+        read_timeout=READ_TIMEOUT_S,
         max_pool_connections=32,
     )
 

@@ -96,7 +96,8 @@ def check_key(key: str) -> str:
 
     Raises:
         StorageError: code `path_escape`: empty, absolute, with an empty, `.` or `..` part, a
-            control character, text that is not Unicode, or a name kept for temporary files.
+            control character or a backslash, text that is not Unicode, or a name kept for
+            temporary files.
     """
     problem = _key_problem(key)
     if problem:
@@ -110,8 +111,8 @@ def _key_problem(key: str) -> str:
         return "it is empty, absolute or has an empty part"
     if "." in parts or ".." in parts:
         return "it has a part '.' or '..'"
-    if any(ord(c) < 32 or ord(c) == 127 for c in key):
-        return "it has a control character"
+    if any(ord(c) < 32 or ord(c) in {92, 127} for c in key):  # servers take 92, \\, for a slash
+        return "it has a control character or a backslash"
     if any(part.startswith(TEMPORARY_PREFIX) for part in parts):
         return f"names with {TEMPORARY_PREFIX!r} are kept for temporary files"
     if any(0xD800 <= ord(c) <= 0xDFFF for c in key):
