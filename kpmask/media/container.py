@@ -53,8 +53,9 @@ HEADER_LENGTH_DEMUXERS = frozenset({"matroska,webm", "avi", "flv", "asf"})
 
 _IMAGE_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*")
 _IMAGE_BRANDS = frozenset({b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1"})
+_EBML = b"\x1aE\xdf\xa3"
 _VIDEO_MAGIC = (
-    b"\x1aE\xdf\xa3",  # Matroska, WebM
+    _EBML,  # Matroska, WebM
     b"GIF8",
     b"FLV\x01",
     b"OggS",
@@ -105,6 +106,31 @@ def content_of(head: bytes) -> Content:
     if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
         return "video"
     return "unknown"
+
+
+def declared_bytes(path: Path) -> int:
+    """How long a Matroska or RIFF file says it is; 0 where it does not say."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head[:4] == b"RIFF":
+        return 8 + int.from_bytes(head[4:8], "little")
+    if head[:4] != _EBML:
+        return 0
+    length, at = _ebml_size(head, 4)  # of the header, which the segment follows
+    at += length
+    if head[at : at + 4] != b"\x18S\x80g":
+        return 0
+    length, at = _ebml_size(head, at + 4)
+    return at + length if length else 0
+
+
+def _ebml_size(data: bytes, at: int) -> tuple[int, int]:
+    """An EBML size (RFC 8794, section 5) and the offset behind it; 0 where it is unknown."""
+    width = 9 - data[at].bit_length() if data[at : at + 1] else 9
+    if width > 8 or at + width > len(data):
+        return 0, len(data)
+    value = int.from_bytes(data[at : at + width], "big") & ((1 << 7 * width) - 1)
+    return (0 if value == (1 << 7 * width) - 1 else value), at + width
 
 
 def check_bytes(path: Path, limits: MediaLimits) -> None:

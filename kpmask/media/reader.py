@@ -27,6 +27,7 @@ from kpmask.media.container import (
     SEEKABLE_DEMUXERS,
     UNTIMED_DEMUXERS,
     check_size,
+    declared_bytes,
     frame_rate,
     open_container,
     pick_stream,
@@ -185,6 +186,10 @@ class Reader:
                     last_end_s = max(last_end_s, float(end))
                 if packet.stream.index != self.stream.index:
                     continue
+                if not packet.size and started:
+                    # Before the decoder is emptied: where a file was cut, pictures that are
+                    # coded ahead of earlier ones would come out with a hole before them.
+                    self._check_end(last_end_s)
                 if packet.is_corrupt and not wait_for_key:
                     raise self._damage("a packet is incomplete")
                 saw_key = saw_key or packet.is_keyframe
@@ -208,7 +213,8 @@ class Reader:
             raise self._damage(reason(error)) from error
         if not after_seek and not started and not saw_key:
             raise self._error("no key frame, so nothing can be decoded", "no_keyframe")
-        self._check_end(last_end_s)
+        if not started:
+            self._check_end(last_end_s)
 
     def _count_decoded(self) -> None:
         self.num_decoded += 1
@@ -227,8 +233,10 @@ class Reader:
         return self._error(f"damaged {at}: {cause}", "decode_errors")
 
     def _is_cut_short(self) -> bool:
-        """Whether the index points behind the end of the file."""
+        """Whether the header or the index points behind the end of the file."""
         size_bytes = self._path.stat().st_size
+        if declared_bytes(self._path) > size_bytes:
+            return True
         return any(entry.pos + entry.size > size_bytes for entry in self.stream.index_entries)
 
     def _check_end(self, last_end_s: float) -> None:
@@ -239,7 +247,8 @@ class Reader:
         if self.container.format.name not in HEADER_LENGTH_DEMUXERS or duration is None:
             return
         header_s = (duration + (self.container.start_time or 0)) / 1e6
-        if header_s - last_end_s > max(1.0, 0.02 * header_s):
+        # Headers are a little off; live recordings' by more.
+        if header_s - last_end_s > max(0.5, min(0.02 * header_s, 5.0)):
             raise self._error(
                 f"the file ends at {last_end_s:.3f} s of {header_s:.3f} s", "truncated"
             )

@@ -176,7 +176,7 @@ def test_failures(video: Path, tmp_path: Path, program: Callable[[str], None]) -
         normalise(video, out)
     assert full.value.code == "no_space"
     program("exec sleep 60")
-    with pytest.raises(MediaError, match="more than 0.2 s"):
+    with pytest.raises(MediaError, match=r"more than 0\.2 s"):
         normalise(video, out, timeout_s=0.2)
     program("exit 0")  # claims success and writes nothing
     with pytest.raises(MediaError, match="read back"):

@@ -89,11 +89,9 @@ def test_playlists_are_not_followed(video: Path, kit: SimpleNamespace) -> None:
                 attempt()
             assert caught.value.code == "not_media", name
         assert not out.exists()
-    # The same list is followed by a reader without fences, so the test has teeth.
-    assert (
-        len(kit.ffmpeg_rgb(video.with_name("concat.ffconcat"), (128, 96), "-safe", "0")) == 0
-        or True
-    )
+    # Without fences the list is followed, so the test has teeth.
+    kit.ffmpeg("-safe", "0", "-i", video.with_name("concat.ffconcat"), video.with_name("o.mkv"))
+    assert video.with_name("o.mkv").stat().st_size > 1000
 
 
 def test_image_patterns_are_names(tmp_path: Path, kit: SimpleNamespace) -> None:
@@ -187,8 +185,8 @@ def test_frames_are_counted_where_the_header_does_not(
     assert (len(images), code) == (50, "frames_over_limit")
 
 
-_PEAK = """
-import resource, sys
+_PEAK = r"""
+import re, sys
 from pathlib import Path
 from kpmask.config import MediaLimits
 from kpmask.errors import MediaError
@@ -196,7 +194,8 @@ from kpmask.media.decode import frames
 try:
     list(frames(Path(sys.argv[1]), MediaLimits()))
 except MediaError as error:
-    print(error.code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    print(error.code, peak[1])
 """
 
 
@@ -217,18 +216,17 @@ def test_a_huge_picture_is_not_decoded(tmp_path: Path, kit: SimpleNamespace) -> 
 
 
 def test_a_cut_file_gives_what_is_whole(video: Path, tmp_path: Path, kit: SimpleNamespace) -> None:
-    mkv = tmp_path / "v.mkv"
-    kit.ffmpeg("-i", video, "-c", "copy", mkv)
+    mkv, avi = tmp_path / "v.mkv", tmp_path / "v.avi"
+    for rewrapped in (mkv, avi):
+        kit.ffmpeg("-i", video, "-c", "copy", rewrapped)
+        assert _prefix(rewrapped)[1] == "ok"
     good = [frame.rgb_HWC for frame in frames(video, LIMITS)]
-    for whole in (video, mkv):
+    for whole in (video, mkv, avi):
         data = whole.read_bytes()
         for share in (0.3, 0.55, 0.8, 0.98):
             cut = tmp_path / f"cut{whole.suffix}"
             cut.write_bytes(data[: int(len(data) * share)])
             images, code = _prefix(cut)
-            if whole is mkv and share == 0.98:
-                assert len(images) > 90  # less than a second is missing: not to be told apart
-                continue
             assert code == "truncated", (whole.suffix, share, len(images))
             assert 0.15 * 100 < len(images) < 100
             assert all(np.array_equal(a, b) for a, b in zip(images, good, strict=False))
@@ -243,7 +241,7 @@ def test_a_cut_between_two_packets_is_seen(video: Path, tmp_path: Path) -> None:
     cut.write_bytes(video.read_bytes()[: entry.pos])
     images, code = _prefix(cut)
     assert code == "truncated"
-    assert len(images) == 60
+    assert 55 <= len(images) <= 60  # those that wait for the next to be shown are given up
 
 
 def test_damage_in_the_middle_ends_the_video(video: Path, tmp_path: Path) -> None:
@@ -314,24 +312,52 @@ def test_a_span_behind_the_end_is_empty(video: Path) -> None:
 
 def test_check_length() -> None:
     check_length(16, min_frames=16, subject="v.mp4")
-    with pytest.raises(MediaError, match="v.mp4: 15 frames") as caught:
+    with pytest.raises(MediaError, match=r"v\.mp4: 15 frames") as caught:
         check_length(15, min_frames=16, subject="v.mp4")
     assert caught.value.code == "too_short"
 
 
 # --- the internal collection -----------------------------------------------------------------
 
-_VIDEOS = (
-    "ok_reference.mp4 truncated_no_moov.mp4 truncated_faststart.mp4 zero_byte.mp4 html_page.mp4 "
-    "audio_only.mp4 one_frame.mp4 odd_dimensions.mp4 rotated_90.mp4 variable_frame_rate.mp4 "
-    "hevc_10bit.mp4 huge_header.mp4 bomb_8192.mp4 animated.gif png_folder png_folder_mixed "
-    "empty_folder corrupt_middle.mp4 no_first_keyframe.mp4 webm_named.mp4 jpeg_named.mp4 gray.mp4 "
-    "anamorphic_sar.mp4 two_video_streams.mp4 timestamp_gap.mp4 slow_1fps.mp4"
-).split()
-_IMAGES = (
-    "exif_rotated.jpg cmyk.jpg rgba.png gray16.png palette.png truncated.jpg bomb.png "
-    "text_named.png tiny_16.png"
-).split()
+_VIDEOS = [
+    "ok_reference.mp4",
+    "truncated_no_moov.mp4",
+    "truncated_faststart.mp4",
+    "zero_byte.mp4",
+    "html_page.mp4",
+    "audio_only.mp4",
+    "one_frame.mp4",
+    "odd_dimensions.mp4",
+    "rotated_90.mp4",
+    "variable_frame_rate.mp4",
+    "hevc_10bit.mp4",
+    "huge_header.mp4",
+    "bomb_8192.mp4",
+    "animated.gif",
+    "png_folder",
+    "png_folder_mixed",
+    "empty_folder",
+    "corrupt_middle.mp4",
+    "no_first_keyframe.mp4",
+    "webm_named.mp4",
+    "jpeg_named.mp4",
+    "gray.mp4",
+    "anamorphic_sar.mp4",
+    "two_video_streams.mp4",
+    "timestamp_gap.mp4",
+    "slow_1fps.mp4",
+]
+_IMAGES = [
+    "exif_rotated.jpg",
+    "cmyk.jpg",
+    "rgba.png",
+    "gray16.png",
+    "palette.png",
+    "truncated.jpg",
+    "bomb.png",
+    "text_named.png",
+    "tiny_16.png",
+]
 
 
 def _cases(dev_data: Path) -> dict[str, dict[str, str]]:
