@@ -54,7 +54,7 @@ def read_metadata(path: Path) -> tuple[list[SourceRow], list[Failure]]:
         raise ConfigError(f"line {reader.line_num}: not CSV: {error}", subject=str(path)) from None
     if num_lines == 0:
         raise ConfigError("the table has no rows", subject=str(path), code="nothing_to_do")
-    for check in (_repeated_rows, _leaking_rows, _repeated_names):
+    for check in (_repeated_rows, leaking_rows, _repeated_names):
         refused = check(rows)
         rows = [row for row in rows if row.line not in refused]
         failures += [_failure(path, line, error) for line, error in refused.items()]
@@ -220,7 +220,7 @@ def _repeated_rows(rows: list[SourceRow]) -> dict[int, RowError]:
     return refused
 
 
-def _leaking_rows(rows: list[SourceRow]) -> dict[int, RowError]:
+def leaking_rows(rows: list[SourceRow]) -> dict[int, RowError]:
     """Training rows of identities that are tested on, by line."""
     tested = {row.identity for row in rows if row.partition == "test"}
     return {

@@ -14,7 +14,7 @@ import io
 import mmap
 import operator
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -74,9 +74,9 @@ class ShardWriter:
         images = pa.Array.from_buffers(pa.large_binary(), len(ends), buffers)
         return self._write(clip_id, fps, images)
 
-    def copy(self, shard: Path, row: int) -> int:
+    def copy(self, path: Path, row: int) -> int:
         """Append a clip of another shard, unchanged; returns its row here."""
-        self._writer.write_batch(_opened(shard).batch(row))
+        self._writer.write_batch(Shard(path).batch(row))
         self.num_clips += 1
         return self.num_clips - 1
 
@@ -109,6 +109,54 @@ class ShardWriter:
             self._temporary.unlink(missing_ok=True)
 
 
+class Shard:
+    """A memory-mapped shard. The file may be removed or replaced while it is open.
+
+    Raises:
+        DatasetError: not a shard; or from its methods, it has no such row or frame.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DatasetError(f"not a readable shard: {error}", subject=str(path)) from error
+        if not self._reader.schema.equals(SCHEMA):
+            raise DatasetError("an Arrow file, but not of clips", subject=str(path))
+        self.num_clips = self._reader.num_record_batches
+
+    def batch(self, row: int) -> pa.RecordBatch:
+        """A clip as it is stored."""
+        if not 0 <= row < self.num_clips:
+            raise DatasetError(f"no row {row} in {self.num_clips} clips", subject=str(self._path))
+        try:
+            return self._reader.get_batch(row)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DatasetError(f"row {row}: {error}", subject=str(self._path)) from error
+
+    def _images(self, row: int) -> Any:  # noqa: ANN401 - an Arrow binary array
+        return self.batch(row).column("frames")[0].values
+
+    def num_frames(self, row: int) -> int:
+        """How many frames a clip has."""
+        return len(self._images(row))
+
+    def clip_info(self, row: int) -> tuple[str, float]:
+        """A clip's id and frame rate."""
+        batch = self.batch(row)
+        return str(batch.column("clip_id")[0].as_py()), float(batch.column("fps")[0].as_py())
+
+    def encoded(self, row: int, frames: Frames = None) -> Iterator[bytes]:
+        """A clip's frames as the encoded images that are stored, one at a time."""
+        images = self._images(row)
+        return (images[i].as_py() for i in frame_numbers(frames, len(images)))
+
+    def read(self, row: int, frames: Frames = None) -> np.ndarray:
+        """A clip's frames, uint8 THWC RGB."""
+        return np.stack([decode_frame(data) for data in self.encoded(row, frames)])
+
+
 def num_clips(path: Path) -> int:
     """How many clips a shard holds."""
     return _opened(path).num_clips
@@ -116,23 +164,21 @@ def num_clips(path: Path) -> int:
 
 def num_frames(path: Path, row: int) -> int:
     """How many frames a clip has."""
-    return len(_opened(path).images(row))
+    return _opened(path).num_frames(row)
 
 
 def clip_info(path: Path, row: int) -> tuple[str, float]:
     """A clip's id and frame rate."""
-    batch = _opened(path).batch(row)
-    return str(batch.column("clip_id")[0].as_py()), float(batch.column("fps")[0].as_py())
+    return _opened(path).clip_info(row)
 
 
 def read_encoded(path: Path, row: int, frames: Frames = None) -> list[bytes]:
     """A clip's frames as the encoded images that are stored."""
-    images = _opened(path).images(row)
-    return [images[i].as_py() for i in frame_numbers(frames, len(images))]
+    return list(_opened(path).encoded(row, frames))
 
 
 def read_clip(path: Path, row: int, frames: Frames = None) -> np.ndarray:
-    """A clip's frames, uint8 THWC RGB.
+    """A clip's frames, uint8 THWC RGB. Shards are kept open from call to call.
 
     Args:
         path: a local shard.
@@ -142,7 +188,7 @@ def read_clip(path: Path, row: int, frames: Frames = None) -> np.ndarray:
     Raises:
         DatasetError: not a shard, or it has no such row or frame.
     """
-    return np.stack([decode_frame(data) for data in read_encoded(path, row, frames)])
+    return _opened(path).read(row, frames)
 
 
 def decode_frame(data: bytes) -> np.ndarray:
@@ -173,32 +219,7 @@ def frame_numbers(frames: Frames, count: int) -> Sequence[int]:
     return numbers
 
 
-class _OpenShard:
-    """A memory-mapped shard."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        try:
-            self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DatasetError(f"not a readable shard: {error}", subject=str(path)) from error
-        if not self._reader.schema.equals(SCHEMA):
-            raise DatasetError("an Arrow file, but not of clips", subject=str(path))
-        self.num_clips = self._reader.num_record_batches
-
-    def batch(self, row: int) -> pa.RecordBatch:
-        if not 0 <= row < self.num_clips:
-            raise DatasetError(f"no row {row} in {self.num_clips} clips", subject=str(self._path))
-        try:
-            return self._reader.get_batch(row)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DatasetError(f"row {row}: {error}", subject=str(self._path)) from error
-
-    def images(self, row: int) -> Any:  # noqa: ANN401 - an Arrow binary array
-        return self.batch(row).column("frames")[0].values
-
-
-def _opened(path: Path) -> _OpenShard:
+def _opened(path: Path) -> Shard:
     try:
         state = path.stat()
     except OSError as error:
@@ -207,5 +228,5 @@ def _opened(path: Path) -> _OpenShard:
 
 
 @functools.lru_cache(maxsize=256)
-def _open_shard(path: Path, *_version: int) -> _OpenShard:
-    return _OpenShard(path)
+def _open_shard(path: Path, *_version: int) -> Shard:
+    return Shard(path)
