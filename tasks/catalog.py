@@ -196,7 +196,7 @@ def _hashes(uris: set[str]) -> dict[str, str | ItemError]:
     def hashed(uri: str) -> str | ItemError:
         try:
             with local_media(uri) as path:
-                return _content_digest(path)
+                return content_digest(path)
         except ItemError as error:
             return error
 
@@ -259,10 +259,11 @@ def _local_folder(store: ObjectStore) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _content_digest(path: Path) -> str:
+def content_digest(path: Path) -> str:
+    """The SHA-256 of a file, or of a folder's files with their names."""
     if path.is_dir():
         files = [p for p in sorted(path.iterdir()) if p.is_file() and not p.name.startswith(".")]
-        return digest([(file.name, _content_digest(file)) for file in files])
+        return digest([(file.name, content_digest(file)) for file in files])
     with storage.os_errors(str(path)), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -1,0 +1,319 @@
+"""Evaluation end to end: against slow loops, with what cannot be scored, and reruns."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from kpmask import Animator, checkpoint
+from kpmask.config import (
+    Cluster,
+    EvaluateJob,
+    Hourglass,
+    KeypointDetector,
+    KeypointMaskModel,
+    LowResolution,
+    MediaLimits,
+)
+from kpmask.data.dataset import Dataset
+from kpmask.data.shards import ShardWriter
+from kpmask.errors import CheckpointError, ConfigError, DatasetError, MediaError, RunFailed
+from kpmask.media import images
+from kpmask.media.encode import encode
+from kpmask.models import build_system
+from kpmask.records import (
+    ClipRecord,
+    Failure,
+    Progress,
+    ScoreSummary,
+    VideoScore,
+    from_table,
+    to_table,
+)
+from tasks.evaluate import PairWorker, ScoreItem, ScoreSettings, VideoPair, evaluate, plan
+
+SIDE_PX = 32
+LIMITS = MediaLimits(min_side_px=16)
+MODEL = KeypointMaskModel(
+    image_size_px=SIDE_PX,
+    detector=KeypointDetector(
+        block_expansion=4, num_blocks=2, max_features=8, num_keypoints=5, scale_factor=0.5
+    ),
+    low_resolution=LowResolution(scale_factor=0.5, block_expansion=4, num_bottleneck_blocks=1),
+    high_resolution=Hourglass(block_expansion=4, num_blocks=2, max_features=8),
+)
+LENGTHS = {"test": (11, 5, 1), "train": (4,)}
+
+
+def some_frames(count: int, *, seed: int = 0, side_px: int = SIDE_PX) -> np.ndarray:
+    """A bright square that wanders over stripes."""
+    frames = np.zeros((count, side_px, side_px, 3), np.uint8)
+    frames[:, :, ::4] = 40 + 10 * seed
+    for t in range(count):
+        left, top = (3 * t + 5 * seed) % (side_px - 12), (5 * t + seed) % (side_px - 12)
+        frames[t, top : top + 12, left : left + 12] = (250, 120 + 10 * (t % 8), 30 + 20 * seed)
+    return frames
+
+
+def make_dataset(root: Path, *, side_px: int = SIDE_PX) -> Path:
+    """Three test clips and one training clip, a shard a split."""
+    records, row_of = [], {"test": 0, "train": 0}
+    for partition, lengths in LENGTHS.items():
+        (root / partition).mkdir(parents=True)
+        with ShardWriter(root / partition / "shard-00000.arrow") as writer:
+            for number, length in enumerate(lengths):
+                frames = some_frames(length, seed=number, side_px=side_px)
+                clip_id = f"{partition}{number}"
+                writer.add(clip_id, 25.0, [images.encode_png(frame) for frame in frames])
+                records.append(clip_record(clip_id, partition, row_of[partition], length, side_px))
+                row_of[partition] += 1
+    pq.write_table(to_table(records, ClipRecord), root / "manifest.parquet")
+    (root / "stats.json").write_text(json.dumps({"dataset_id": "d" * 64}))
+    return root
+
+
+def clip_record(clip_id: str, partition: Any, row: int, length: int, side_px: int) -> ClipRecord:
+    return ClipRecord(
+        clip_id=clip_id,
+        name=f"name of {clip_id}",
+        partition=partition,
+        identity=clip_id,
+        video_id=clip_id,
+        shard=f"{partition}/shard-00000.arrow",
+        row=row,
+        num_frames=length,
+        fps=25.0,
+        width_px=side_px,
+        height_px=side_px,
+        start_s=0.0,
+        end_s=length / 25,
+        crop_px=(0, 0, side_px, side_px),
+        clamped=False,
+        num_frames_lost=0,
+        sha256="0" * 64,
+    )
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    torch.manual_seed(7)
+    system = build_system(MODEL)
+    for parameter in system.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.1)
+    checkpoint.save(folder / "w.safetensors", system, {"perceptual": "none"})
+    make_dataset(folder / "data")
+    return folder
+
+
+def job_of(out: Path, **values: Any) -> EvaluateJob:
+    given: dict[str, Any] = {
+        "out": str(out),
+        "device": "cpu",
+        "batch_size": 4,
+        "limits": LIMITS,
+        "cluster": Cluster(num_workers=1),
+    }
+    return EvaluateJob(**(given | values))
+
+
+def model_job(inputs: Path, out: Path, **values: Any) -> EvaluateJob:
+    given = {"checkpoint": str(inputs / "w.safetensors"), "data": str(inputs / "data")}
+    return job_of(out, **(given | values))
+
+
+def read_scores(out: Path) -> list[VideoScore]:
+    return from_table(pq.read_table(out / "scores.parquet"), VideoScore)
+
+
+def by_hand(inputs: Path) -> dict[tuple[str, str], list[np.ndarray]]:
+    """L1 of every frame of each test clip, by (metric, method)."""
+    animator = Animator.load(inputs / "w.safetensors", device="cpu")
+    dataset = Dataset.from_folder(inputs / "data")
+    found: dict[tuple[str, str], list[np.ndarray]] = {}
+    for record in dataset.partition("test"):
+        true = dataset.read(record)
+        with torch.inference_mode():
+            state = animator.encode_source(true[0])
+            drawn = [animator.render(state, animator.encode_driving([frame]))[0] for frame in true]
+        generated = np.stack([image.permute(1, 2, 0).double().numpy() for image in drawn])
+        true = true / 255
+        for method, frames in (("model", generated), ("copy", np.stack([true[0]] * len(true)))):
+            errors = np.abs(frames - true).mean((1, 2, 3))
+            found.setdefault(("l1_with_first", method), []).append(errors)
+            found.setdefault(("l1", method), []).append(errors[1:])
+    return found
+
+
+@pytest.fixture(scope="module")
+def scored(inputs: Path, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    out = tmp_path_factory.mktemp("scores") / "out"
+    seen: list[Progress] = []
+    return out, evaluate(model_job(inputs, out), on_progress=seen.append), seen
+
+
+def test_scores_are_those_of_a_slow_loop(scored: Any, inputs: Path) -> None:
+    out, table, _ = scored
+    rows = {(row.clip_id, row.metric, row.method): row for row in read_scores(out)}
+    summaries = {(s.metric, s.method): s for s in table.summaries}
+    for (metric, method), videos in by_hand(inputs).items():
+        for number, errors in enumerate(videos):
+            if len(errors) == 0:  # a clip of one frame has no frame but the first
+                assert (f"test{number}", metric, method) not in rows
+                continue
+            row = rows[f"test{number}", metric, method]
+            assert row.value == pytest.approx(errors.mean(), abs=2e-6)
+            assert row.num_frames == len(errors)
+        means = [errors.mean() for errors in videos if len(errors)]
+        summary = summaries[metric, method]
+        assert summary.mean == pytest.approx(np.mean(means), abs=2e-6)
+        assert summary.std == pytest.approx(np.std(means), abs=2e-6)
+        assert summary.pooled == pytest.approx(np.concatenate(videos).mean(), abs=2e-6)
+        assert summary.num_videos == len(means)
+        assert summary.num_frames == sum(len(errors) for errors in videos)
+
+
+def test_every_metric_stands_beside_the_copy(scored: Any) -> None:
+    _, table, _ = scored
+    names = ["l1", "l1_with_first", "l1_moving", "ssim"]
+    assert {(s.metric, s.method) for s in table.summaries} == {
+        (name, method) for name in names for method in ("model", "copy")
+    }
+    assert [info.name for info in table.metrics] == names
+    assert (table.num_videos, table.num_failures) == (3, 0)
+    assert (table.perceptual, table.dataset_id) == ("none", "d" * 64)
+
+
+def test_the_page_and_the_summary_are_there(scored: Any) -> None:
+    out, table, _ = scored
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["weights_sha256"] == table.weights_sha256
+    assert [ScoreSummary(**s) for s in summary["summaries"]] == list(table.summaries)
+    page = (out / "index.html").read_text()
+    assert "media/test0.mp4" in page
+    assert (out / "media" / "test0-true.mp4").is_file()
+    assert not [p for p in (out / "journal").rglob("*") if p.is_file()]
+
+
+def test_a_rerun_scores_nothing_again(scored: Any, inputs: Path) -> None:
+    out, table, seen = scored
+    assert len(seen) == 3
+    before = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
+    again: list[Progress] = []
+    assert evaluate(model_job(inputs, out), on_progress=again.append) == table
+    assert again == []
+    assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
+
+
+def test_what_cannot_be_evaluated(inputs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(DatasetError, match="no finished dataset"):
+        evaluate(model_job(inputs, out, data=str(tmp_path)))
+    other = make_dataset(tmp_path / "large", side_px=48)
+    with pytest.raises(CheckpointError) as caught:
+        evaluate(model_job(inputs, out, data=str(other)))
+    assert caught.value.code == "checkpoint_mismatch"
+    records = Dataset.from_folder(inputs / "data").partition("train")
+    (tmp_path / "train").mkdir()
+    pq.write_table(to_table(records, ClipRecord), tmp_path / "train" / "manifest.parquet")
+    (tmp_path / "train" / "stats.json").write_text('{"dataset_id": "x"}')
+    with pytest.raises(DatasetError, match="no test clips"):
+        evaluate(model_job(inputs, out, data=str(tmp_path / "train")))
+    assert not out.exists()
+
+
+def test_the_plan_is_counted(inputs: Path, tmp_path: Path) -> None:
+    assert plan(model_job(inputs, tmp_path, max_clips=2, metrics=("l1", "ssim"))) == [
+        "2 videos by l1, ssim"
+    ]
+
+
+# --- two folders -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Generated and true videos: equal, different, out of step, of another size, alone."""
+    root = tmp_path_factory.mktemp("folders")
+    for side in ("generated", "reference"):
+        (root / side).mkdir()
+    videos: dict[str, tuple[np.ndarray, np.ndarray]] = {
+        "different": (some_frames(9, seed=1), some_frames(9)),
+        "longer": (some_frames(10), some_frames(9)),
+        "larger": (some_frames(9, side_px=48), some_frames(9)),
+    }
+    for name, pair in videos.items():
+        for side, frames in zip(("generated", "reference"), pair, strict=True):
+            encode(root / side / f"{name}.mp4", frames, fps=25, crf=0)
+    # lossless on both sides, and of two kinds
+    stack = np.concatenate(list(some_frames(6)), axis=1)
+    (root / "generated" / "equal.png").write_bytes(images.encode_png(stack))
+    (root / "reference" / "equal").mkdir()
+    for number, frame in enumerate(some_frames(6)):
+        path = root / "reference" / "equal" / f"{number:03d}.png"
+        path.write_bytes(images.encode_png(frame))
+    encode(root / "generated" / "alone.mp4", some_frames(3), fps=25)
+    encode(root / "reference" / "missing.mp4", some_frames(3), fps=25)
+    return root
+
+
+def test_folders_are_matched_by_name(ray_cluster: None, folders: Path, tmp_path: Path) -> None:
+    job = job_of(
+        tmp_path,
+        generated=str(folders / "generated"),
+        reference=str(folders / "reference"),
+        max_failed_fraction=0.7,
+    )
+    table = evaluate(job)
+    failures = from_table(pq.read_table(tmp_path / "failures.parquet"), Failure)
+    assert {f.item: f.code for f in failures} == {
+        "alone": "not_found",
+        "missing": "not_found",
+        "longer": "inconsistent_frames",
+        "larger": "inconsistent_frames",
+    }
+    values = {(row.name, row.metric, row.method): row.value for row in read_scores(tmp_path)}
+    assert values["equal", "l1_with_first", "model"] == 0
+    assert values["equal", "ssim", "model"] == pytest.approx(1)
+    assert values["equal", "l1", "copy"] > 0.01
+    expected = np.abs(some_frames(9, seed=1)[1:] / 255 - some_frames(9)[1:] / 255).mean()
+    # x264 stores half the colour, even without loss
+    assert values["different", "l1", "model"] == pytest.approx(expected, abs=0.02)
+    assert (table.num_videos, table.weights_sha256, table.dataset_id) == (2, "", "")
+
+
+def test_too_few_scores_fail_the_run(folders: Path, tmp_path: Path) -> None:
+    lonely = tmp_path / "lonely"
+    lonely.mkdir()
+    encode(lonely / "other.mp4", some_frames(3), fps=25)
+    job = job_of(tmp_path / "out", generated=str(lonely), reference=str(folders / "reference"))
+    with pytest.raises(RunFailed) as caught:
+        evaluate(job)
+    assert caught.value.code == "too_many_failures"
+    with pytest.raises(ConfigError) as empty:
+        evaluate(job.model_copy(update={"generated": str(tmp_path / "nothing")}))
+    assert empty.value.code == "nothing_to_do"
+
+
+@pytest.mark.parametrize(
+    ("name", "code"), [("longer", "inconsistent_frames"), ("larger", "inconsistent_frames")]
+)
+def test_videos_out_of_step_are_refused(
+    folders: Path, tmp_path: Path, name: str, code: str
+) -> None:
+    settings = ScoreSettings.of(job_of(tmp_path, generated="a", reference="b"))
+    uris = [str(folders / side / f"{name}.mp4") for side in ("generated", "reference")]
+    with pytest.raises(MediaError) as caught:
+        PairWorker(settings).process(ScoreItem(VideoPair("id", name, *uris), preview=True))
+    assert caught.value.code == code
+    with pytest.raises(MediaError) as swapped:
+        PairWorker(settings).process(ScoreItem(VideoPair("id", name, *uris[::-1]), preview=True))
+    assert swapped.value.code == code
+    assert list(tmp_path.iterdir()) == []
