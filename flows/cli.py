@@ -64,7 +64,7 @@ DryRun = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
-def _say_plan(job: config.Part, plan: Any, *, as_json: bool) -> None:  # noqa: ANN401
+def _say_plan(job: config.Part, plan: list[str], *, as_json: bool) -> None:
     """The answer to --dry-run: the job as resolved, and what would be done."""
     import tomli_w
 
@@ -72,7 +72,7 @@ def _say_plan(job: config.Part, plan: Any, *, as_json: bool) -> None:  # noqa: A
     console.show(
         {"job": resolved, "plan": plan},
         as_json=as_json,
-        lines=[tomli_w.dumps(_without_none(resolved)), "# would do: " + str(plan)],
+        lines=[tomli_w.dumps(_without_none(resolved)), *(f"# {line}" for line in plan)],
     )
 
 

@@ -39,6 +39,26 @@ def _run(flow: Any, job: config.Part, *, quiet: bool) -> Any:  # noqa: ANN401 - 
         return engine.run_flow(flow, job, on_progress=report)
 
 
+def plan_preprocess(job: config.PreprocessJob) -> list[str]:
+    from tasks.preprocess import preprocess
+
+    planned = preprocess(job, dry_run=True)
+    return [
+        f"{planned.num_train} train and {planned.num_test} test clips asked for",
+        f"{planned.num_failures} rows refused",
+        f"into {planned.uri}",
+    ]
+
+
+def plan_animate(job: config.AnimateJob) -> list[str]:
+    if job.source is not None:
+        return [f"{job.source} moved by {job.driving} into {job.out}"]
+    from tasks.animate import animate_catalog
+
+    planned = animate_catalog(job, dry_run=True)
+    return [f"{planned.num_items} animations, {planned.num_failures} rows refused"]
+
+
 def plan_train(job: config.TrainJob) -> list[str]:
     from tasks.train import plan
 

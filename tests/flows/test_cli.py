@@ -1,0 +1,167 @@
+"""The command line: what it refuses, with which words and which exit status, and what it prints."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from flows.cli import app
+from kpmask import config
+
+KPMASK = str(Path(sys.executable).with_name("kpmask"))
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments), prog_name="kpmask")
+
+
+def refused(*arguments: str) -> str:
+    """What a command says on standard error when it is wrong (status 2)."""
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    return result.stderr
+
+
+@pytest.fixture
+def videos(tmp_path: Path) -> str:
+    (tmp_path / "videos").mkdir()
+    return str(tmp_path / "videos")
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """--help must answer at once; these are what would make it wait."""
+    heavy = {"torch", "ray", "prefect", "av", "boto3", "pyarrow", "numpy", "matplotlib", "rich"}
+    code = (
+        "import sys; from typer.testing import CliRunner; import flows.cli;"
+        f"print(sorted({heavy!r} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+COMMANDS = (
+    ["demo"],
+    ["preprocess"],
+    ["train"],
+    ["animate"],
+    ["evaluate"],
+    ["report"],
+    ["checkpoint", "import"],
+    ["checkpoint", "info"],
+    ["deploy"],
+    ["doctor"],
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_has_help_with_an_example(command: list[str]) -> None:
+    result = run(*command, "--help")
+    assert result.exit_code == 0
+    assert f"kpmask {' '.join(command)}" in result.stdout.split("Examples:")[1]
+
+
+@pytest.mark.parametrize("job", ["preprocess", "train", "animate", "evaluate"])
+def test_every_job_takes_the_common_options(job: str) -> None:
+    text = run(job, "--help").stdout
+    for option in ("--preset", "--job", "--set", "--dry-run", "--json", "--out"):
+        assert option in text
+
+
+def test_unknown_preset(videos: str) -> None:
+    said = refused("preprocess", "--videos", videos, "--out", "x", "--preset", "nope")
+    assert "no preset 'nope'" in said
+    assert all(name in said for name in config.preset_names())
+
+
+def test_unknown_key_of_a_preset(videos: str, tmp_path: Path) -> None:
+    preset = tmp_path / "mine.toml"
+    preset.write_text("[preprocess.clips]\nsize = 64\n")
+    said = refused("preprocess", "--videos", videos, "--out", "x", "--preset", str(preset))
+    assert "clips.size: no such setting" in said
+    assert "size_px" in said
+    preset.write_text("[preproces]\n")
+    said = refused("preprocess", "--videos", videos, "--out", "x", "--preset", str(preset))
+    assert "unknown table 'preproces'" in said
+
+
+def test_unknown_set_key_and_wrong_value(videos: str) -> None:
+    base = ("preprocess", "--videos", videos, "--out", "x")
+    assert "clips.sixe_px: no such setting" in refused(*base, "--set", "clips.sixe_px=64")
+    said = refused(*base, "--set", "clips.fit=round")
+    assert "clips.fit" in said and "'round'" in said and "square" in said
+    assert "greater than 0" in refused(*base, "--set", "clips.size_px=-1")
+    assert "not key=value" in refused(*base, "--set", "clips.size_px")
+    said = refused(
+        "train", "--data", "d", "--out", "x", "--preset", "debug", "--set", "phases.fom.max_steps=2"
+    )
+    assert "allowed: fomm" in said
+
+
+def test_inputs_that_exclude_each_other(videos: str) -> None:
+    assert "exactly one of" in refused("preprocess", "--out", "x")
+    assert "exactly one of" in refused(
+        "preprocess", "--out", "x", "--videos", videos, "--metadata", "m.csv"
+    )
+    assert "source goes with driving" in refused(
+        "animate", "--checkpoint", "c", "--out", "x", "--source", "s.png"
+    )
+    assert "generated with reference" in refused("evaluate", "--out", "x", "--generated", "g")
+
+
+def test_a_checkpoint_that_is_none(tmp_path: Path) -> None:
+    empty, text = tmp_path / "empty.safetensors", tmp_path / "text.safetensors"
+    empty.touch()
+    text.write_text("not weights" * 100)
+    for path in (empty, text, tmp_path / "absent.safetensors"):
+        said = refused("checkpoint", "info", str(path))
+        assert path.name in said and "code: checkpoint_invalid" in said
+
+
+def test_a_dry_run_prints_a_job_that_can_be_run_again(videos: str, tmp_path: Path) -> None:
+    metadata = tmp_path / "m.csv"
+    metadata.write_text("video_id,start,end,bbox,fps,width,height,partition\n")
+    base = ("preprocess", "--videos", videos, "--out", str(tmp_path / "out"), "--preset", "debug")
+    (Path(videos) / "a.mp4").write_bytes(b"x")
+    result = run(*base, "--dry-run")
+    assert result.exit_code == 0, result.output
+    job = tomllib.loads(result.stdout)
+    assert config.validated(config.PreprocessJob, job).clips.size_px == 32
+    assert not (tmp_path / "out").exists()
+
+
+def test_doctor_tells_scripts_too() -> None:
+    result = run("doctor", "--json")
+    checks = {check["name"]: check for check in json.loads(result.stdout)}
+    assert result.exit_code == int(any(c["verdict"] == "bad" for c in checks.values()))
+    assert checks["packages"]["verdict"] == "ok"
+    assert checks["ffmpeg"]["found"].startswith("ffmpeg version")
+
+
+def test_doctor_finds_servers_that_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:secret@127.0.0.1:9")
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert result.stdout.count("does not answer") == 3
+    assert "secret" not in result.stdout
+
+
+def test_ctrl_c_is_130(tmp_path: Path) -> None:
+    """A real process, a real signal: one line, no traceback, status 130."""
+    command = [KPMASK, "demo", "--videos-only", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    process.stderr.readline()  # the first video is done
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in said and "Interrupted" in said
