@@ -22,9 +22,9 @@ from prefect.client.schemas.objects import (
 )
 from prefect.deployments.runner import RunnerDeployment
 from prefect.exceptions import ObjectNotFound
-from prefect.flows import EntrypointType
 from prefect.schedules import Cron, Schedule
 from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
+from prefect.types.entrypoint import EntrypointType
 
 from flows.animate import animate_flow
 from flows.evaluate import evaluate_flow
