@@ -34,7 +34,7 @@ from typing import Any, Final
 import tenacity
 
 from kpmask.config import Download, MediaLimits
-from kpmask.errors import ConfigError, DownloadError, KpmaskError, MediaError, StorageError
+from kpmask.errors import ConfigError, DownloadError, MediaError, StorageError
 from kpmask.media import probe
 
 # Before yt-dlp is imported, which then looks for none.
@@ -166,9 +166,8 @@ def _with_retries(
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(lambda e: isinstance(e, DownloadError) and e.retryable),
         stop=tenacity.stop_after_attempt(download.max_attempts),
-        wait=tenacity.wait_exponential_jitter(
-            initial=download.backoff_s, max=MAX_BACKOFF_S, jitter=download.backoff_s / 2
-        ),
+        wait=tenacity.wait_exponential(multiplier=download.backoff_s, max=MAX_BACKOFF_S)
+        + tenacity.wait_random(0, download.backoff_s / 2),
         reraise=True,
     )
     for attempt in retrying:
@@ -266,7 +265,7 @@ def _downloader(options: dict[str, Any], download: Download) -> Any:  # noqa: AN
     import yt_dlp
     from yt_dlp.networking._urllib import UrllibRH
 
-    class CheckingHandler(UrllibRH):  # type: ignore[misc]
+    class CheckingRH(UrllibRH):  # type: ignore[misc]
         _SUPPORTED_URL_SCHEMES = ("http", "https")
 
         def _create_instance(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - untyped
@@ -277,7 +276,7 @@ def _downloader(options: dict[str, Any], download: Download) -> Any:  # noqa: AN
     class Downloader(yt_dlp.YoutubeDL):  # type: ignore[misc]
         def build_request_director(self, handlers: Any, preferences: Any = None) -> Any:  # noqa: ANN401
             del handlers, preferences
-            return super().build_request_director([CheckingHandler])
+            return super().build_request_director([CheckingRH])
 
     return Downloader(options)
 
@@ -291,11 +290,16 @@ class _CheckAddress(urllib.request.BaseHandler):
         self._download = download
 
     def http_request(self, request: urllib.request.Request) -> urllib.request.Request:
-        check_url(
-            request.full_url,
-            allow_private_hosts=self._download.allow_private_hosts,
-            through_proxy=self._download.proxy is not None,
-        )
+        from yt_dlp.networking.exceptions import RequestError
+
+        try:
+            check_url(
+                request.full_url,
+                allow_private_hosts=self._download.allow_private_hosts,
+                through_proxy=self._download.proxy is not None,
+            )
+        except DownloadError as error:  # yt-dlp lets only its own through
+            raise RequestError(error.cause, cause=error) from error
         return request
 
     https_request = http_request
@@ -334,10 +338,11 @@ def _translated(error: Exception, *, url: str, download: Download) -> DownloadEr
     import yt_dlp
 
     inner = (getattr(error, "exc_info", None) or (None, error))[1] or error
-    if isinstance(inner, KpmaskError):
-        assert isinstance(inner, DownloadError)
-        return inner
+    if own := _own_error(inner):
+        return own
     text = _clean(str(error), url=url, download=download)
+    if "No space left" in text:
+        raise StorageError("no space left for a download", code="no_space") from None
     status = getattr(inner, "status", None)
     text += f" (HTTP Error {status})" if status and str(status) not in text else ""
     utils, networking = yt_dlp.utils, yt_dlp.networking.exceptions
@@ -350,6 +355,13 @@ def _translated(error: Exception, *, url: str, download: Download) -> DownloadEr
         fallback = "network" if _is_transport(inner, networking) else "unsupported"
         code = next(matched, fallback)
     return DownloadError(text, code=code, retryable=code in _RETRYABLE)
+
+
+def _own_error(error: BaseException | None) -> DownloadError | None:
+    """The error of ours that one of yt-dlp's was made from."""
+    while error is not None and not isinstance(error, DownloadError):
+        error = getattr(error, "cause", None) or error.__cause__ or error.__context__
+    return error
 
 
 def _is_transport(error: BaseException, networking: Any) -> bool:  # noqa: ANN401 - untyped
@@ -409,6 +421,8 @@ def _slot(count: int) -> Iterator[None]:
     """One of `count` places among this user's downloads on this machine."""
     folder = Path(tempfile.gettempdir()) / f"kpmask-download-slots-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise StorageError("belongs to another user", subject=str(folder), code="denied")
     while True:
         for number in range(count):
             with (folder / str(number)).open("wb") as file:
