@@ -19,6 +19,7 @@ from typing import Literal
 import av
 import av.error
 from av.container import InputContainer
+from av.stream import Stream
 from av.video.stream import VideoStream
 
 from kpmask.config import MediaLimits
@@ -218,9 +219,11 @@ def pick_stream(container: InputContainer, limits: MediaLimits, *, subject: str)
         MediaError: no_video_stream, dimensions_over_limit, frames_over_limit.
     """
     cover = av.stream.Disposition.attached_pic
-    streams = [s for s in container.streams.video if not s.disposition & cover]
+    streams = [s for s in container.streams.video if not s.disposition & cover and decodable(s)]
     if not streams:
-        raise MediaError("no video stream", subject=subject, code="no_video_stream")
+        raise MediaError(
+            "no video stream that can be decoded", subject=subject, code="no_video_stream"
+        )
     stream = max(streams, key=lambda s: s.codec_context.width * s.codec_context.height)
     context = stream.codec_context
     if max(context.width, context.height) > limits.max_side_px:
@@ -238,6 +241,11 @@ def pick_stream(container: InputContainer, limits: MediaLimits, *, subject: str)
     context.options = {"err_detect": "explode", "max_pixels": str(limits.max_side_px**2)}
     context.thread_count = 1
     return stream
+
+
+def decodable(stream: Stream) -> bool:
+    """Whether there is a decoder for the stream; PyAV gives it no context otherwise."""
+    return getattr(stream, "codec_context", None) is not None
 
 
 def frame_rate(container: InputContainer, stream: VideoStream, limits: MediaLimits) -> Fraction:

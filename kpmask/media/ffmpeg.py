@@ -23,6 +23,7 @@ from kpmask.errors import KpmaskError, MediaError, StorageError
 from kpmask.media.container import (
     DEMUXERS,
     UNTIMED_DEMUXERS,
+    decodable,
     frame_rate,
     open_container,
     pick_stream,
@@ -88,7 +89,7 @@ def normalise(
         stream = pick_stream(container, limits, subject=src.name)
         rate = frame_rate(container, stream, limits)
         untimed = container.format.name in UNTIMED_DEMUXERS
-        number, has_audio = stream.index, bool(container.streams.audio)
+        number, has_audio = stream.index, any(map(decodable, container.streams.audio[:1]))
         odd = stream.codec_context.width % 2 or stream.codec_context.height % 2
     timing = {"r": f"{rate.numerator}/{rate.denominator}"} if untimed else {}
     with written_beside(out) as beside:
@@ -112,7 +113,7 @@ def _sound_of(path: Path, limits: MediaLimits) -> tuple[str, float] | None:
     if sniff(path) in ("folder", "image"):
         return None
     with open_container(path, limits) as container:
-        if not container.streams.audio:
+        if not container.streams.audio or not decodable(container.streams.audio[0]):
             return None
         stream = pick_stream(container, limits, subject=path.name)
         start_s = Fraction(container.start_time or 0, 1_000_000)

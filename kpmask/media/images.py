@@ -112,11 +112,18 @@ def _opened(path: Path, limits: MediaLimits) -> Iterator[PilImage.Image]:
         yield image
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings of Pillow's: our size limit is stricter, and EXIF that is broken is no EXIF."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("ignore", PilImage.DecompressionBombWarning)
+        yield
+
+
 def _identified(file: BinaryIO, subject: str) -> PilImage.Image:
     try:
-        with warnings.catch_warnings():
-            # Our own limit is checked right after; Pillow warns below the size that it refuses.
-            warnings.simplefilter("ignore", PilImage.DecompressionBombWarning)
+        with _quiet():
             return PilImage.open(file, formats=_FORMATS)
     except PilImage.DecompressionBombError as error:
         raise MediaError(str(error), subject=subject, code="dimensions_over_limit") from error
@@ -142,8 +149,7 @@ def _orientation(image: PilImage.Image) -> int:
     """The EXIF orientation, 1 to 8, by what stands before the pixels."""
     if image.format == "PNG" and "exif" not in image.info:
         return 1  # Pillow would decode the whole picture to look behind it
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # EXIF that is broken is no EXIF
+    with _quiet():
         try:
             value = image.getexif().get(_EXIF_ORIENTATION, 1)
         except (SyntaxError, ValueError, KeyError, TypeError, OSError, struct.error):
@@ -154,7 +160,8 @@ def _orientation(image: PilImage.Image) -> int:
 def _rgb(image: PilImage.Image, subject: str) -> NDArray[np.uint8]:
     turn = _TURNS.get(_orientation(image))
     try:
-        image.load()
+        with _quiet():
+            image.load()
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         cut = "truncated" in str(error) or isinstance(error, EOFError)
         raise MediaError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kpmask.config import MediaLimits
+from kpmask.media.container import decodable
 from kpmask.media.decode import DEFAULT_FPS, folder_paths, kind_of
 from kpmask.media.images import image_size, stack_size
 from kpmask.media.reader import Reader
@@ -59,7 +60,7 @@ def _of_video(reader: Reader) -> VideoProbe:
         pixel_format=stream.codec_context.pix_fmt or "unknown",
         rotation_deg=reader.geometry.orientation.clockwise_deg,
         stream_index=stream.index,
-        has_audio=bool(container.streams.audio),
+        has_audio=any(decodable(track) for track in container.streams.audio),
         num_frames_from_header=stream.frames or None,
     )
 

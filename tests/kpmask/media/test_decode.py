@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import subprocess
 import sys
@@ -404,3 +405,35 @@ def test_pyav_agrees_on_the_whole_picture(made: dict[str, Path]) -> None:
     ours = [frame.rgb_HWC for frame in frames(made["open.mp4"], LIMITS)]
     difference = np.stack(ours).astype(int) - np.stack(theirs)
     assert np.abs(difference).mean() < 3
+
+
+# --- the internal collection -----------------------------------------------------------------
+
+
+def test_internal_chunks(dev_data: Path) -> None:
+    """Spans of real videos of several codecs: frame counts and mean colours as recorded."""
+    with (dev_data / "metadata" / "expected_chunks.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    by_video: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        by_video.setdefault(row["video_id"], []).append(row)
+    for video_id, chunks in by_video.items():
+        path = dev_data / "raw" / f"{video_id}.mp4"
+        rate = as_rate(probe(path, LIMITS).fps)
+        wanted = [_chunk_span(row, rate) for row in chunks]
+        counts = [0] * len(chunks)
+        ends: dict[tuple[int, str], np.ndarray] = {}
+        for index, frame in spans(path, LIMITS, wanted):
+            counts[index] += 1
+            ends.setdefault((index, "first"), frame.rgb_HWC)
+            ends[index, "last"] = frame.rgb_HWC
+        assert counts == [int(row["n_frames"]) for row in chunks]
+        for (index, which), image_HWC in ends.items():
+            expected = np.array(chunks[index][f"{which}_mean_rgb"].split("-"), float)
+            assert np.abs(image_HWC.mean((0, 1)) - expected).max() <= 3, chunks[index]
+
+
+def _chunk_span(row: dict[str, str], rate: Fraction) -> Span:
+    left, top, right, bottom = map(int, row["raw_box"].split("-"))
+    first, last = int(row["raw_first_frame"]), int(row["raw_last_frame"])
+    return Span(float(first / rate), float((last + 1) / rate), (left, top, right, bottom))

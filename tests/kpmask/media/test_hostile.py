@@ -407,3 +407,39 @@ def test_internal_case(name: str, dev_data: Path, tmp_path: Path) -> None:
         assert code == row["reason_code"]
     if verdict == "accept":
         assert (num_frames, size) == (int(row["expected_frames"]), row["expected_display_size"])
+
+
+# --- anything at all -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["mp4", "mkv", "avi", "gif", "png", "jpg"])
+def test_random_damage_is_always_a_media_error(
+    kind: str, tmp_path: Path, kit: SimpleNamespace
+) -> None:
+    images = [kit.barcode(index, width_px=64, height_px=48) for index in range(30)]
+    path = tmp_path / f"v.{kind}"
+    if kind in ("png", "jpg"):
+        Image.fromarray(images[0]).save(path)
+    elif kind == "gif":
+        pictures = [Image.fromarray(image_HWC) for image_HWC in images]
+        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=40)
+    else:
+        kit.write_video(path, images, codec="mpeg4" if kind == "avi" else "libx264")
+    good, seen = path.read_bytes(), set()
+    random = np.random.default_rng(0)
+    for _ in range(60):
+        data = bytearray(good[: random.integers(1, len(good))] if random.random() < 0.2 else good)
+        reach = min(len(data), 600) if random.random() < 0.5 else len(data)
+        for at in random.integers(0, reach, random.choice([1, 5, 50])):
+            data[at] = random.integers(0, 256)
+        path.write_bytes(data)
+        try:
+            if kind in ("png", "jpg"):
+                read_image(path, LIMITS)
+            probe(path, LIMITS)
+            for _, frame in spans(path, LIMITS, [Span(0.0, 0.4), Span(1.0, size_px=(32, 32))]):
+                assert frame.rgb_HWC.dtype == np.uint8
+            seen.add("ok")
+        except MediaError as error:
+            seen.add(error.code)
+    assert len(seen) > 1
