@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import itertools
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -38,6 +40,7 @@ from kpmask.records import AnimationRecord, Failure, Progress, from_table
 from tasks.animate import animate_catalog, animate_pair, plan
 from tasks.catalog import matching, plan_catalog
 from tasks.render import FeatureItem, FeatureWorker, RenderItem, RenderWorker, WorkerSettings
+from tasks.storage import ObjectStore, open_store
 
 SIDE_PX = 32
 LIMITS = MediaLimits(min_side_px=16)
@@ -113,7 +116,7 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def job_of(media: Path, out: Path, **changed: Any) -> AnimateJob:
+def job_of(media: Path, out: Path | str, **changed: Any) -> AnimateJob:
     values: dict[str, Any] = {
         "checkpoint": str(media / "w.safetensors"),
         "out": str(out),
@@ -325,6 +328,112 @@ def test_a_killed_run_ends_in_the_same_bytes(finished: Any, tmp_path: Path) -> N
         return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
     assert files(out) == files(undisturbed)
+
+
+# --- object storage --------------------------------------------------------------------------
+
+
+def test_all_of_it_in_object_storage(
+    ray_cluster: None, s3: str, media: Path, tmp_path: Path
+) -> None:
+    store = open_store(f"{s3}/in")
+    for name in ("w.safetensors", "face0.png", "face1.png", "jump.mp4"):
+        store.put_file(f"a/{name}", media / name)
+    for path in (media / "frames").iterdir():
+        store.put_file(f"a/frames/{path.name}", path)
+    text = "source,driving,name\nface0.png,jump.mp4,a\nface1.png,frames,b\nface9.png,jump.mp4,c\n"
+    store.put("a/c.csv", text.encode())
+    wanted: dict[str, Any] = {
+        "catalog": f"{s3}/in/a/c.csv",
+        "checkpoint": f"{s3}/in/a/w.safetensors",
+        "cluster": Cluster(num_workers=1),
+    }
+    manifest = animate_catalog(job_of(media, f"{s3}/out", **wanted))
+    assert (manifest.num_items, manifest.num_failures) == (2, 1)
+    out = open_store(f"{s3}/out")
+    keys = {info.key for info in out.list()}
+    records = by_name(tmp_path_of(out, "manifest.parquet"))
+    assert {r.key for r in records.values()} == {k for k in keys if "/" not in k and ".mp4" in k}
+    assert not [key for key in keys if key.startswith(("journal", "features"))]
+
+    here = tmp_path / "here"
+    animate_catalog(job_of(media, here, **wanted))
+    for name in ("manifest.parquet", "failures.parquet", *(r.key for r in records.values())):
+        assert out.get(name) == (here / name).read_bytes()
+
+    assert matching(f"{s3}/in/a/face*.png", folders=False) == [
+        f"{s3}/in/a/face0.png",
+        f"{s3}/in/a/face1.png",
+    ]
+    assert matching(f"{s3}/in/*/fra*", folders=True) == [f"{s3}/in/a/frames"]
+    assert f"{s3}/in/a/frames" in matching(f"{s3}/in/a", folders=True)
+    assert len(matching(f"{s3}/in/**/0*.png", folders=True)) == 5
+
+    pair = {"source": f"{s3}/in/a/face0.png", "driving": f"{s3}/in/a/jump.mp4"}
+    animate_pair(job_of(media, f"{s3}/pair.mp4", **pair))
+    assert open_store(s3).get("pair.mp4") == out.get(records["a"].key)
+
+
+def tmp_path_of(store: ObjectStore, key: str) -> Path:
+    """The folder of a local copy that has the object's own name."""
+    folder = Path(tempfile.mkdtemp())
+    (folder / key).write_bytes(store.get(key))
+    return folder
+
+
+def test_a_store_that_refuses_ends_the_run(s3: str, media: Path, tmp_path: Path) -> None:
+    text = "source,driving\nface0.png,s3://no-such-bucket-here/x.mp4\n"
+    job = job_of(media, tmp_path, catalog=write_catalog(media, "s.csv", text))
+    with pytest.raises(StorageError) as caught:
+        animate_catalog(job)
+    assert caught.value.code == "no_bucket"
+
+
+# --- real files ------------------------------------------------------------------------------
+
+
+def test_each_bad_file_fails_by_itself(
+    ray_cluster: None, dev_data: Path, media: Path, tmp_path: Path
+) -> None:
+    with (dev_data / "bad" / "cases.csv").open(newline="") as file:
+        cases = {c["file"]: c for c in csv.DictReader(file) if c["kind"] != "metadata"}
+    lines = []
+    for name, case in cases.items():
+        good = str(media / ("face0.png" if case["kind"] != "image" else "walk.mp4"))
+        bad = str(dev_data / "bad" / name)
+        pair = (bad, good) if case["kind"] == "image" else (good, bad)
+        lines.append(f"{','.join(pair)},{name}")
+    catalog = write_catalog(media, "bad.csv", "source,driving,name\n" + "\n".join(lines) + "\n")
+    job = job_of(
+        media,
+        tmp_path,
+        catalog=catalog,
+        limits=MediaLimits(),
+        max_failed_fraction=0.9,
+        min_driving_frames=11,  # more than `slow_1fps.mp4` has
+    )
+    manifest = animate_catalog(job)
+    made, lost = by_name(tmp_path), failed(tmp_path)
+    assert manifest.num_items + manifest.num_failures == len(cases)
+    num_partial = 0
+    for name, case in cases.items():
+        verdict = case["expected_verdict"]
+        if verdict == "reject":
+            assert lost[name].code == case["reason_code"], name
+        elif verdict == "accept":
+            assert name in made, lost.get(name)
+            assert case["kind"] == "image" or made[name].num_frames == int(case["expected_frames"])
+        elif verdict == "accept_partial":
+            # 11 good frames are enough for two of three; the damage's own code is said of the other
+            assert (
+                lost[name].code == case["reason_code"]
+                if name in lost
+                else made[name].num_frames_lost
+            )
+            num_partial += name in made
+        else:
+            assert (name in made) != (name in lost)
+    assert num_partial == 2
 
 
 # --- workers ---------------------------------------------------------------------------------
