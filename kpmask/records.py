@@ -89,7 +89,8 @@ class ClipPlan:
     """Which seconds and pixels of a raw video become which clip.
 
     `crop_px` is (left, top, right, bottom) in displayed pixels and lies inside the frame;
-    `clamped` says that the annotated box did not. Frames with start_s <= t < end_s are kept.
+    `clamped` says that a part of the annotated box is lost: it left the frame, or is too long to
+    be cut as a square. Frames with start_s <= t < end_s are kept.
     """
 
     clip_id: str

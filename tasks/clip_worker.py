@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from kpmask.config import PreprocessJob
 from kpmask.data.shards import ShardWriter
-from kpmask.errors import DownloadError, ItemError, RowError
+from kpmask.errors import DownloadError, ItemError, RowError, StorageError
 from kpmask.media.encode import storage_error
 from kpmask.media.probe import probe
 from kpmask.preprocess import CutClip, CutSettings, cut_clips, failure_of, plan_clips, row_name
@@ -187,7 +187,7 @@ class ClipCutter:
         if item.is_folder:
             return item, self._frames_folder(item, folder)
         if item.keys:
-            return item, self._raw.local(item.keys[0])
+            return item, self._local(item.keys[0])
         if not self._job.download.enabled:
             raise RowError(
                 f"no raw video {item.name!r} in {self._raw.uri}, and downloads are off",
@@ -195,11 +195,21 @@ class ClipCutter:
             )
         return self._downloaded(item)
 
+    def _local(self, key: str) -> Path:
+        try:
+            return self._raw.local(key)
+        except StorageError as error:
+            if error.code != "not_found":
+                raise
+            raise RowError(
+                f"{key} was listed in {self._raw.uri} and is gone", code="missing_raw"
+            ) from error
+
     def _frames_folder(self, item: VideoItem, folder: Path) -> Path:
         frames = folder / "frames"
         frames.mkdir()
         for key in item.keys:
-            (frames / PurePosixPath(key).name).symlink_to(self._raw.local(key))
+            (frames / PurePosixPath(key).name).symlink_to(self._local(key))
         return frames
 
     def _downloaded(self, item: VideoItem) -> tuple[VideoItem, Path]:

@@ -89,7 +89,7 @@ def job(out: Path | str, **settings: object) -> PreprocessJob:
         "clips": {"size_px": 32, "min_frames": 8},
         "storage": {"clips_per_shard": 2},
         "download": {"enabled": False},
-        "cluster": {"num_workers": 2},
+        "cluster": {"num_workers": 1},
     }
     for key, value in settings.items():
         old = tree.get(key)
@@ -123,7 +123,8 @@ def made(
     """An undisturbed run."""
     folder = tmp_path_factory.mktemp("made")
     metadata = write_table(folder / "table.csv", LINES)
-    return folder / "out", preprocess(job(folder / "out", metadata=metadata, raw=raw))
+    two = {"num_workers": 2}
+    return folder / "out", preprocess(job(folder / "out", metadata=metadata, raw=raw, cluster=two))
 
 
 def test_dataset_has_every_clip(made: tuple[Path, DatasetManifest]) -> None:
@@ -296,7 +297,6 @@ def started(one: PreprocessJob) -> subprocess.Popen[bytes]:
     )
 
 
-@pytest.mark.slow
 def test_killed_half_way_and_run_again(
     raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,7 +307,7 @@ def test_killed_half_way_and_run_again(
         shutil.copy(raw / "aaa.mp4", many / f"v{i:02d}.mp4")
         lines += [line(f"v{i:02d}", s, s + 12, "train", f"p{i}") for s in (0, 12, 24, 36)]
     metadata = write_table(tmp_path / "many.csv", lines)
-    settings = {"clips": {"size_px": 128}, "cluster": {"num_workers": 1}}
+    settings = {"clips": {"size_px": 128}}
     one = job(tmp_path / "killed", metadata=metadata, raw=many, **settings)
     process = started(one)
     journal = tmp_path / "killed" / ".work"
@@ -332,7 +332,7 @@ def test_killed_half_way_and_run_again(
 def test_two_runs_at_once(raw: Path, table: Path, tmp_path: Path) -> None:
     import threading
 
-    one = job(tmp_path / "out", metadata=table, raw=raw, cluster={"num_workers": 1})
+    one = job(tmp_path / "out", metadata=table, raw=raw)
     results: list[DatasetManifest] = []
     threads = [threading.Thread(target=lambda: results.append(preprocess(one))) for _ in range(2)]
     for thread in threads:
@@ -432,6 +432,25 @@ def test_dry_run_writes_nothing(raw: Path, table: Path, tmp_path: Path) -> None:
     plan = preprocess(job(tmp_path / "out", metadata=table, raw=raw), dry_run=True)
     assert (plan.num_train, plan.num_test, plan.num_frames) == (3, 2, 0)
     assert not (tmp_path / "out").exists()
+
+
+def test_video_that_goes_away_while_we_work(
+    raw: Path, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tasks import preprocess as module
+
+    some = tmp_path / "raw"
+    shutil.copytree(raw, some)
+    original = module.read_inputs
+
+    def late(one: PreprocessJob) -> object:
+        inputs = original(one)
+        (some / "bbb.mp4").unlink(missing_ok=True)
+        return inputs
+
+    monkeypatch.setattr(module, "read_inputs", late)
+    preprocess(job(tmp_path / "out", metadata=table, raw=some))
+    assert codes_of(tmp_path / "out") == {"p2#bbb#000008#000040": "missing_raw"}
 
 
 def test_full_disk_ends_the_run(raw: Path, table: Path, tmp_path: Path) -> None:
@@ -543,16 +562,15 @@ def test_change_of_layout(raw: Path, table: Path, tmp_path: Path) -> None:
 # --- the internal media ----------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_dev_tables_become_the_expected_clips(dev_data: Path, tmp_path: Path) -> None:
+def test_dev_table_becomes_the_expected_clips(dev_data: Path, tmp_path: Path) -> None:
     with (dev_data / "metadata/expected_chunks.csv").open() as file:
-        expected = [e for e in csv.DictReader(file) if e["table"] == "vox"]
-    metadata = dev_data / "metadata/vox-like-metadata.csv"
+        expected = [e for e in csv.DictReader(file) if e["table"] == "taichi"]
+    metadata = dev_data / "metadata/taichi-like-metadata.csv"
     clips = {"size_px": 64, "min_frames": 16, "fit": "stretch"}
     manifest = preprocess(
         job(tmp_path / "out", metadata=metadata, raw=dev_data / "raw", clips=clips)
     )
-    assert (manifest.num_train + manifest.num_test, manifest.num_failures) == (26, 0)
+    assert (manifest.num_train + manifest.num_test, manifest.num_failures) == (18, 0)
     assert manifest.num_frames == sum(int(e["n_frames"]) for e in expected)
 
 
@@ -577,3 +595,50 @@ def test_bad_folder_of_the_dev_data(dev_data: Path, tmp_path: Path) -> None:
         elif verdict == "reject":
             assert (codes[name], name in names) == (case["reason_code"], False)
     assert len(codes) == len(failures_of(out))
+
+
+# --- object storage --------------------------------------------------------------------------
+
+
+def test_everything_in_object_storage(
+    made: tuple[Path, DatasetManifest], raw: Path, table: Path, s3: str
+) -> None:
+    """Table, raw videos and dataset in S3: the same bytes as in folders."""
+    store = open_store(s3)
+    store.put_file("table.csv", table)
+    for video in raw.iterdir():
+        store.put_file(f"raw/{video.name}", video)
+    one = job(f"{s3}/data", metadata=f"{s3}/table.csv", raw=f"{s3}/raw")
+    manifest = preprocess(one)
+    assert manifest.dataset_id == made[1].dataset_id
+    there = {info.key: store.get(f"data/{info.key}") for info in store.child("data").list()}
+    here = tree_of(made[0])
+    assert there.keys() == here.keys()
+    places = {"stats.json", "index.html", "videos.parquet"}  # these know where they are
+    assert [key for key in here if here[key] != there[key] and key not in places] == []
+    assert preprocess(one) == manifest
+    dataset = open_dataset(f"{s3}/data")
+    for clip, same in zip(dataset.records, open_dataset(str(made[0])).records, strict=True):
+        assert clip == same
+        np.testing.assert_array_equal(dataset.read(clip, [0, -1]).shape[1:], (32, 32, 3))
+
+
+def test_videos_and_folders_in_object_storage(raw: Path, s3: str) -> None:
+    store = open_store(s3)
+    store.put_file("in/train/aaa.mp4", raw / "aaa.mp4")
+    for i, frame in enumerate(film(5, 12)):
+        store.put(f"in/test/walk/{i}.png", encode_png(frame))
+    preprocess(job(f"{s3}/out", videos=f"{s3}/in", storage={"layout": "folders"}))
+    dataset = open_dataset(f"{s3}/out")
+    assert {c.name: (c.partition, c.num_frames) for c in dataset.records} == {
+        "walk": ("test", 12),
+        "aaa": ("train", 48),
+    }
+    for clip in dataset.records:
+        assert dataset.read(clip, [-1]).shape == (1, 32, 32, 3)
+
+
+def test_bucket_that_is_not_there(raw: Path, table: Path, s3: str) -> None:
+    with pytest.raises(StorageError) as missing:
+        preprocess(job("s3://no-such-bucket/data", metadata=table, raw=raw))
+    assert missing.value.code == "no_bucket"
