@@ -400,7 +400,7 @@ class _Cutter:
         )
 
     def _too_short(self, plan: ClipPlan, count: int, damage: MediaError | None) -> Failure:
-        cause = f"{count} frames, under {self._settings.clips.min_frames}"
+        cause = f"{count} frame{'s' * (count != 1)}, under {self._settings.clips.min_frames}"
         if damage is None:
             return failure_of(plan.name, "cut", MediaError(cause, code="too_short"))
         error = MediaError(f"{damage.cause}; {cause}", code=damage.code)
