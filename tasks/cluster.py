@@ -15,6 +15,7 @@ import random
 import re
 import secrets
 import shutil
+import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ SHARED_MEMORY_FRACTION: Final = 0.8
 BACKOFF_S: Final = 0.5  # before the second attempt; doubles with each
 MAX_BACKOFF_S: Final = 30.0
 MAX_WAIT_S: Final = 5.0
+CONNECT_TIMEOUT_S: Final = 10.0
 MAX_START_DEATHS: Final = 3
 MAX_CAUSE_CHARACTERS: Final = 500
 FORWARDED_PREFIXES: Final = ("AWS_", "KPMASK_")
@@ -92,8 +94,11 @@ def _start(address: str, num_cpus: int | None) -> None:
             hint="run on a node of the cluster with RAY_ADDRESS=auto, or submit a Ray job",
         )
     try:
+        host, _, port = address.rpartition(":")
+        if host and port.isdecimal():  # Ray itself would try for minutes
+            socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
         ray.init(address=address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"no Ray cluster answers at {address}: {_first_line(error)}",
             subject="RAY_ADDRESS",
@@ -202,7 +207,7 @@ def run_items(
 
     Raises:
         ConfigError: the cluster has not the resources for one worker.
-        RunFailed: no worker starts.
+        RunFailed: no worker starts, within `cluster.item_timeout_s`.
     """
     if not items:
         return
