@@ -55,6 +55,14 @@ def open_dataset(uri: str) -> Dataset:
     return Dataset(records, fetch=store.local)
 
 
+def thumbnails(dataset: Dataset) -> dict[str, str]:
+    """Small pictures of a dataset's first clips, by clip id, for its page."""
+    return {
+        clip.clip_id: _picture(dataset.read(clip, [clip.num_frames // 2])[0])
+        for clip in dataset.records[:NUM_THUMBNAILS]
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class Assembled:
     """Clips in their places, by (partition, name), and small pictures of the first ones."""

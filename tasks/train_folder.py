@@ -13,7 +13,7 @@ index.html              the run's page
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -21,7 +21,8 @@ from kpmask.config import TrainJob, to_toml
 from kpmask.data.dataset import MANIFEST as DATASET_MANIFEST
 from kpmask.data.dataset import STATS, Dataset, read_manifest
 from kpmask.errors import ConfigError, DatasetError, StorageError
-from kpmask.records import ClipRecord, RunManifest, digest
+from kpmask.records import ClipRecord, RunManifest, StepMetrics, digest
+from kpmask.report import run_page
 from tasks.manifest import read_json, write_json
 from tasks.storage import ObjectStore, open_store
 
@@ -167,6 +168,36 @@ class RunFolder:
         ]
         for key in [*single, *folders]:
             self.store.delete(key)
+
+
+def page(
+    store: ObjectStore,
+    manifest: RunManifest | None,
+    metrics: Sequence[StepMetrics],
+    *,
+    curve_svg: str | None = None,
+) -> str:
+    """The page of a run, finished or not, from what is in its folder and its metrics so far."""
+    samples = [info.key for info in store.list(f"{SAMPLES}/")]
+    phases = list(dict.fromkeys(row.phase for row in metrics))
+    return run_page(
+        title=f"Training run {read_json(store, RUN)['run_id']}",
+        manifest=manifest,
+        settings_toml=store.get(CONFIG).decode(),
+        metrics=metrics,
+        curve_svg=curve_svg,
+        samples=sorted(samples, key=lambda key: (_place(_phase_of(key), phases), key)),
+    )
+
+
+def _place(phase: str, phases: Sequence[str]) -> int:
+    """Where a phase stands; one that has no metrics yet comes last."""
+    return phases.index(phase) if phase in phases else len(phases)
+
+
+def _phase_of(sample_key: str) -> str:
+    """The phase in `samples/<phase>-step-<number>.png`."""
+    return sample_key.rpartition("/")[2].rpartition("-step-")[0]
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

@@ -27,7 +27,7 @@ from kpmask.errors import ConfigError
 from kpmask.models.base import Batch
 from kpmask.perceptual import PerceptualFeatures, load_perceptual
 from kpmask.records import Progress, RunManifest, StepMetrics
-from kpmask.report import loss_curve_svg, run_page
+from kpmask.report import loss_curve_svg
 from kpmask.train import (
     PhasePlan,
     StepResult,
@@ -165,22 +165,9 @@ class _Run:
             metadata={"settings_digest": self.folder.settings_digest},
         )
         curve = loss_curve_svg(self.metrics)
+        page = train_folder.page(store, manifest, self.metrics, curve_svg=curve)
         store.put(train_folder.CURVE, curve.encode())
-        page = run_page(
-            title=f"Training run {self.folder.run_id}",
-            manifest=manifest,
-            settings_toml=store.get(train_folder.CONFIG).decode(),
-            metrics=self.metrics,
-            curve_svg=curve,
-            samples=self._samples(),
-        )
         store.put(train_folder.PAGE, page.encode())
-
-    def _samples(self) -> list[str]:
-        """The sample strips so far, oldest first."""
-        keys = [info.key for info in self.folder.store.list(f"{train_folder.SAMPLES}/")]
-        order = {plan.phase.name: plan.index for plan in self.plans}
-        return sorted(keys, key=lambda key: (order[_phase_of(key)], key))
 
     def info(self) -> dict[str, Any]:
         """How the weights came to be, for those who get the file alone."""
@@ -367,11 +354,6 @@ class _PhaseRun:
         key = f"failed/{name}-worker-{self.run.worker.rank}.pt"
         self.run.folder.store.put(key, buffer.getvalue())
         log.error("the batch of the failed step is kept in %s", key)
-
-
-def _phase_of(sample_key: str) -> str:
-    """The phase in `samples/<phase>-step-<number>.png`."""
-    return sample_key.rpartition("/")[2].rpartition("-step-")[0]
 
 
 def _duration(seconds: float) -> str:

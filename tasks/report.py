@@ -1,0 +1,106 @@
+"""The page of a finished job, written again from its manifests.
+
+What is at a URI is told by which manifest it has; each kind has one function that reads its
+tables and returns the page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import PurePosixPath
+from typing import Any, Final
+
+from kpmask.errors import StorageError
+from kpmask.records import (
+    AnimationRecord,
+    CatalogManifest,
+    DatasetManifest,
+    Failure,
+    MetricInfo,
+    RunManifest,
+    ScoreSummary,
+    ScoreTable,
+    StepMetrics,
+    VideoScore,
+)
+from kpmask.report import dataset_page
+from tasks import train_folder
+from tasks.animate import gallery
+from tasks.dataset import NUM_THUMBNAILS, open_dataset, thumbnails
+from tasks.evaluate import scores_page
+from tasks.manifest import read_json, read_table, read_table_if_any
+from tasks.storage import ObjectStore, open_store
+
+PAGE: Final = "index.html"
+MANIFEST: Final = "manifest.parquet"
+FAILURES: Final = "failures.parquet"
+SUMMARY: Final = "summary.json"
+
+
+def rebuild_page(uri: str) -> str:
+    """Write `index.html` of a dataset, run, catalog or evaluation again; returns its URI.
+
+    Raises:
+        StorageError: `not_found`: nothing that kpmask made is there.
+    """
+    store = open_store(uri)
+    for marker, page in PAGES.items():
+        if store.exists(marker):
+            store.put(PAGE, page(store).encode())
+            return f"{store.uri.rstrip('/')}/{PAGE}"
+    raise StorageError(
+        "no dataset, run, catalog or evaluation is here",
+        subject=uri,
+        code="not_found",
+        hint="give what a job got as --out",
+    )
+
+
+def _failures(store: ObjectStore) -> list[Failure]:
+    return read_table_if_any(store, FAILURES, Failure) or []
+
+
+def _dataset(store: ObjectStore) -> str:
+    dataset = open_dataset(store.uri)
+    return dataset_page(
+        title=PurePosixPath(store.uri).name,
+        manifest=DatasetManifest(**read_json(store, "stats.json")),
+        clips=dataset.records,
+        failures=_failures(store),
+        thumbnails=thumbnails(dataset),
+        limit=NUM_THUMBNAILS,
+    )
+
+
+def _run(store: ObjectStore) -> str:
+    done = store.exists(train_folder.MANIFEST)
+    manifest = RunManifest(**read_json(store, train_folder.MANIFEST)) if done else None
+    metrics = read_table_if_any(store, train_folder.METRICS, StepMetrics) or []
+    return train_folder.page(store, manifest, metrics)
+
+
+def _scores(store: ObjectStore) -> str:
+    scores = read_table(store, "scores.parquet", VideoScore)
+    return scores_page(store, _score_table(read_json(store, SUMMARY)), scores, _failures(store))
+
+
+def _score_table(values: Mapping[str, Any]) -> ScoreTable:
+    parts = {
+        "metrics": tuple(MetricInfo(**value) for value in values["metrics"]),
+        "summaries": tuple(ScoreSummary(**value) for value in values["summaries"]),
+    }
+    return ScoreTable(**{**values, **parts})
+
+
+def _catalog(store: ObjectStore) -> str:
+    manifest = CatalogManifest(**read_json(store, SUMMARY))
+    return gallery(manifest, read_table(store, MANIFEST, AnimationRecord), _failures(store))
+
+
+# By a file that only this kind has; a catalog's come last, since others have such tables too.
+PAGES: Final[Mapping[str, Callable[[ObjectStore], str]]] = {
+    "stats.json": _dataset,
+    train_folder.RUN: _run,
+    "scores.parquet": _scores,
+    SUMMARY: _catalog,
+}
