@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
 import secrets
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +22,9 @@ os.environ.update(
     DO_NOT_TRACK="1",
     PREFECT_SERVER_ANALYTICS_ENABLED="false",
     RAY_USAGE_STATS_ENABLED="0",
+    KPMASK_HOME=tempfile.mkdtemp(prefix="kpmask-tests-"),
 )
+atexit.register(shutil.rmtree, os.environ["KPMASK_HOME"], ignore_errors=True)
 
 DEV_DATA = Path(__file__).parents[2] / "shared" / "data" / "dev"
 
