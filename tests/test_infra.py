@@ -286,15 +286,17 @@ def test_pool_version_and_folder_agree(compose: dict[str, Any]) -> None:
 
 def test_runbook_names_what_is_there(compose: dict[str, Any]) -> None:
     text = (INFRA / "README.md").read_text()
-    for service in re.findall(
-        r"docker compose [^\n]*? (?:run --rm|logs -f|restart) ([\w-]+)", text
-    ):
-        assert service in compose["services"], service
+    services = re.findall(r"\bkp (?:run --rm|logs -f) ([\w-]+)", text)
+    services += re.findall(r"--force-recreate ([\w -]+)\n", text)
+    assert {"deploy", "kpmask", "prefect", "ray-head"} <= set(" ".join(services).split())
+    assert set(" ".join(services).split()) <= set(compose["services"])
     for name in re.findall(r"`(infra/[\w.-]+)`", text):
         assert (ROOT / name).exists() or name == "infra/.env", name
+    for name in re.findall(r"`kpmask_(\w+)`", text):
+        assert name in compose["volumes"], name
     needed, optional = env_file()
     for name in re.findall(r"`([A-Z][A-Z0-9]*_[A-Z0-9_]+)`", text):
-        assert name in needed | optional or name in COMPOSE_TEXT, name
+        assert name in {*needed, *optional, "HTTPS_PROXY"} or f"{name}:" in COMPOSE_TEXT, name
 
 
 # --- the services, running -------------------------------------------------------------------
