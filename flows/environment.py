@@ -21,13 +21,14 @@ ALWAYS: Mapping[str, str] = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Results are manifests in the store; a pickle of one would be a second, older truth.
     "PREFECT_RESULTS_PERSIST_BY_DEFAULT": "false",
+    # A run whose server is lost goes on, and should not wait a minute for each thing that it
+    # cannot tell. (In a worker, Prefect has read its settings before and keeps its patience.)
+    "PREFECT_CLIENT_MAX_RETRIES": "2",
 }
 
 WITHOUT_SERVER: Mapping[str, str] = {
     "PREFECT_LOGGING_LEVEL": "WARNING",
     "PREFECT_LOGGING_TO_API_ENABLED": "false",  # nobody can look at that server's logs
-    # Nobody restarts a server that lives inside this process's run: two tries, not minutes.
-    "PREFECT_CLIENT_MAX_RETRIES": "2",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import importlib
 import os
 import random
 import secrets
@@ -25,6 +26,7 @@ os.environ.update(
     KPMASK_HOME=tempfile.mkdtemp(prefix="kpmask-tests-"),
 )
 atexit.register(shutil.rmtree, os.environ["KPMASK_HOME"], ignore_errors=True)
+importlib.import_module("flows")  # sets what Prefect reads when it is imported
 
 DEV_DATA = Path(__file__).parents[2] / "shared" / "data" / "dev"
 
