@@ -67,11 +67,10 @@ def _packages() -> Check:
 
 
 def _device() -> Check:
-    import torch
+    from kpmask.device import gpu_names
 
-    if torch.cuda.is_available():
-        names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
-        return Check("device", "ok", f"{torch.cuda.device_count()} GPU: {', '.join(sorted(names))}")
+    if names := gpu_names():
+        return Check("device", "ok", f"{len(names)} GPU: {', '.join(sorted(set(names)))}")
     cores = len(os.sched_getaffinity(0))
     return Check(
         "device",
