@@ -7,7 +7,8 @@ UI shows every setting as a form, and a run is refused before it starts when one
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 from zoneinfo import available_timezones
@@ -27,6 +28,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
 from prefect.types.entrypoint import EntrypointType
 
 from flows.animate import animate_flow
+from flows.engine import API_ERRORS
 from flows.evaluate import evaluate_flow
 from flows.pipeline import pipeline_flow
 from flows.preprocess import preprocess_flow
@@ -34,6 +36,8 @@ from flows.server import prefect_api
 from flows.train import train_flow
 from kpmask.config import Part
 from kpmask.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 POOL: Final = "kpmask"
 SCHEDULED: Final = "preprocess"
@@ -103,7 +107,13 @@ def serve(
     deployments = build(jobs, cron=cron, timezone=timezone, name=name)
     _need_server()
     with prefect_api():
-        prefect.serve(*deployments, limit=1, print_starting_message=False)
+        try:
+            # Prefect's own pause never happens on SIGTERM: its handler forgets to await it.
+            prefect.serve(
+                *deployments, limit=1, pause_on_shutdown=False, print_starting_message=False
+            )
+        finally:
+            _pause([d.full_name for d in deployments if d.schedules])
 
 
 def build(
@@ -199,3 +209,12 @@ def _apply(deployment: RunnerDeployment, pool: str) -> Registered:
         cron=getattr(schedules[0], "cron", None) if schedules else None,
         url=f"{ui}/deployments/deployment/{deployment_id}",
     )
+
+
+def _pause(names: Sequence[str]) -> None:
+    try:
+        with get_client(sync_client=True) as client:
+            for name in names:
+                client.pause_deployment(client.read_deployment_by_name(name).id)
+    except API_ERRORS as error:
+        log.warning("the schedule could not be paused: %s", error)

@@ -78,7 +78,8 @@ def run_flow(flow: Flow[[J], R], job: J, *, on_progress: ProgressSink | None = N
             result: R = flow(job)
             return result
         except API_ERRORS as error:
-            return _despite(error, outcome)
+            result = _despite(error, outcome)
+            return result
         finally:
             _outcome.reset(token)
 
