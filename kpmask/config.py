@@ -250,6 +250,9 @@ class Losses(Part):
     perceptual: Annotated[float, Field(ge=0)] = 10.0
     scales: tuple[float, ...] = (1.0, 0.5, 0.25, 0.125)
     pixel: Annotated[float, Field(ge=0)] = 0.0  # L1; 0 in both papers
+    # The mean of a learning detector's masks: keeps out of them what need not move. 0 in both
+    # papers; without it, a detector that learns with the generator also draws the background.
+    mask_mean: Annotated[float, Field(ge=0)] = 0.0
     equivariance_value: Annotated[float, Field(ge=0)] = 10.0
     equivariance_jacobian: Annotated[float, Field(ge=0)] = 10.0
     transform_sigma_affine: float = 0.05
@@ -277,6 +280,9 @@ class Phase(Part):
     name: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]
     model: ModelConfig
     detector_weights: str | None = None
+    # Paper 002 freezes the detector. True: it goes on learning from the first stage's loss, as
+    # paper 003's mask generator does; the mask may then carry more of the driver's shape.
+    train_detector: bool = False
     epochs: PositiveInt = 100
     max_steps: PositiveInt | None = None  # ends the phase before its epochs do
     batch_size: PositiveInt = 28  # over all workers; 002 code: 28 (heatmap), 15 (circles)

@@ -25,6 +25,7 @@ from kpmask.errors import CheckpointError, ConfigError, RunFailed
 from kpmask.losses import PerceptualLoss
 from kpmask.models import build_system
 from kpmask.models.base import AnimationSystem, Batch, LossTerms
+from kpmask.models.keypoint_mask import KeypointMaskSystem
 from kpmask.perceptual import PerceptualFeatures
 
 System = AnimationSystem[Any, Any]
@@ -119,6 +120,8 @@ def initial_system(
         system = build_system(plan.phase.model)
     if detector is not None:
         load_weights(system.get_submodule("detector"), detector, subject=plan.phase.name)
+    if plan.phase.train_detector and isinstance(system, KeypointMaskSystem):
+        system.release_detector()
     return system
 
 

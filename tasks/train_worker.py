@@ -240,9 +240,8 @@ class _PhaseRun:
         """The detector that the phase starts from: a file's, else that of the phase before."""
         if self.plan.phase.detector_weights is None:
             return before
-        loaded = weights_file.load(local_copy(self.plan.phase.detector_weights))
-        weights: Mapping[str, Tensor] = loaded.system.get_submodule("detector").state_dict()
-        return weights
+        path = local_copy(self.plan.phase.detector_weights)
+        return weights_file.load_detector(path, config=self.plan.phase.model.detector)
 
     def _shown(self) -> Batch | None:
         if not self.first:

@@ -7,6 +7,7 @@
   loss alone: the second sees the first one's output detached.
 - The published code leaves the detector's batch norm in training mode, so that its statistics
   drift. Frozen means frozen here: no gradient, and always in eval mode.
+- `release_detector` lets it learn after all, from the first stage's loss.
 """
 
 from __future__ import annotations
@@ -121,6 +122,7 @@ class KeypointMaskSystem(AnimationSystem[KeypointMaskSource, KeypointMaskDriving
         self.detector = KeypointDetector(config.detector)
         self.detector.requires_grad_(False)
         self.detector.eval()
+        self.detector_learns = False
         self.low_resolution = LowResolutionStage(config.low_resolution)
         self.high_resolution = HighResolutionStage(config.high_resolution)
         self.map_side_px = self.detector.map_side_px(config.image_size_px)
@@ -128,10 +130,16 @@ class KeypointMaskSystem(AnimationSystem[KeypointMaskSource, KeypointMaskDriving
 
     def train(self, mode: bool = True) -> KeypointMaskSystem:
         super().train(mode)
-        self.detector.eval()
+        if not self.detector_learns:
+            self.detector.eval()
         return self
 
-    @torch.no_grad()
+    def release_detector(self) -> None:
+        """Let the detector learn with the first stage (paper 003, section 3, on this system)."""
+        self.detector_learns = True
+        self.detector.predictor.requires_grad_(True)
+        self.detector.kp.requires_grad_(True)
+
     def mask(self, image_BCHW: Tensor) -> Tensor:
         """The images' masks, [B, 1, mask side, mask side] in [0, 1]."""
         maps_BKHW = self.detector.logits(image_BCHW)
@@ -161,7 +169,8 @@ class KeypointMaskSystem(AnimationSystem[KeypointMaskSource, KeypointMaskDriving
     def render(self, source: KeypointMaskSource, driving: KeypointMaskDriving) -> Prediction:
         masks = (source.mask_B1HW, self.driving_mask(driving))
         low_BCHW = self.low_resolution(source.small_BCHW, *masks)
-        image_BCHW = self.high_resolution(source.image_BCHW, *masks, low_BCHW.detach())
+        seen = (mask_B1HW.detach() for mask_B1HW in masks)
+        image_BCHW = self.high_resolution(source.image_BCHW, *seen, low_BCHW.detach())
         return Prediction(image_BCHW, low_BCHW, *masks)
 
     def training_losses(self, batch: Batch) -> LossTerms:
@@ -169,7 +178,13 @@ class KeypointMaskSystem(AnimationSystem[KeypointMaskSource, KeypointMaskDriving
         prediction = self.render(source, self.encode_driving(batch.driving_BCHW))
         assert prediction.low_resolution_BCHW is not None
         images = {"_low": prediction.low_resolution_BCHW, "_high": prediction.image_BCHW}
-        return self.objective.image_terms(images, batch.driving_BCHW)
+        terms = self.objective.image_terms(images, batch.driving_BCHW).terms
+        if self.detector_learns and self.objective.losses.mask_mean:
+            assert prediction.source_mask_B1HW is not None
+            assert prediction.driving_mask_B1HW is not None
+            mean = (prediction.source_mask_B1HW.mean() + prediction.driving_mask_B1HW.mean()) / 2
+            terms = {**terms, "mask_mean": self.objective.losses.mask_mean * mean}
+        return LossTerms(terms)
 
 
 class CirclesSystem(KeypointMaskSystem):
@@ -177,7 +192,6 @@ class CirclesSystem(KeypointMaskSystem):
 
     motions: ClassVar[frozenset[Motion]] = frozenset({"absolute", "relative"})
 
-    @torch.no_grad()
     def points(self, image_BCHW: Tensor) -> Tensor:
         """The images' keypoints, [B, K, 2]."""
         return self.detector.points(self.detector.heatmap(self.detector.logits(image_BCHW)))
