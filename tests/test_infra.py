@@ -25,9 +25,11 @@ import numpy as np
 import pytest
 from prefect import Flow
 from prefect.client.schemas.schedules import CronSchedule
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from flows import deploy
 from kpmask.config import PreprocessJob
+from kpmask.errors import StorageError
 from kpmask.media.encode import encode
 from kpmask.records import ClipRecord
 from tasks.manifest import read_json, read_table
@@ -320,6 +322,11 @@ def stack(tmp_path: Path) -> Iterator[Stack]:
 def upload_videos(tmp_path: Path, bucket: str) -> None:
     """Two short videos and their table, where prefect.yaml looks for them."""
     store = open_store(bucket)
+    for attempt in Retrying(  # the server answers a moment before it has made its bucket
+        retry=retry_if_exception_type(StorageError), wait=wait_fixed(0.5), stop=stop_after_delay(30)
+    ):
+        with attempt:
+            store.exists("metadata.csv")
     rows = []
     for i, partition in enumerate(("train", "test")):
         frames = np.full((24, 64, 96, 3), 40 + 80 * i, np.uint8)

@@ -1,0 +1,89 @@
+"""Every command of the README runs, in its order, as a reader would run them.
+
+`make demo` and `make test` are the two that are not run here: the second runs this file, and the
+first is these four jobs with a longer training.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMAND_LIMIT_S = 300
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def environment(folder: Path) -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "KPMASK_HOME": str(folder / "home")}
+
+
+def run(command: list[str], folder: Path) -> str:
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=environment(folder),
+        capture_output=True,
+        text=True,
+        timeout=COMMAND_LIMIT_S,
+    )
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def tour(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder after all shell commands."""
+    folder = tmp_path_factory.mktemp("readme")
+    commands = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+    assert len(commands) >= 10
+    for command in commands:
+        run(shlex.split(command), folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_commands_leave_what_the_readme_says(tour: Path) -> None:
+    for name in (
+        "tour/metadata.csv",
+        "tour/data/manifest.parquet",
+        "tour/data/failures.parquet",
+        "tour/mine/manifest.parquet",
+        "tour/run/weights.safetensors",
+        "tour/run/index.html",
+        "tour/one.mp4",
+        "tour/animations/index.html",
+        "tour/grid/manifest.parquet",
+        "tour/scores/scores.parquet",
+    ):
+        assert (tour / name).stat().st_size > 0, name
+    assert not (tour / "tour/png").exists()  # was a dry run
+
+
+@pytest.mark.slow
+def test_python_example(tour: Path) -> None:
+    (example,) = blocks("python")
+    run([sys.executable, "-c", f"{example}\nassert video.shape[0] == 2 and video.ndim == 4"], tour)
+
+
+def test_links_lead_somewhere() -> None:
+    links = re.findall(r"\]\((?!https?://)([^)#]+)", README)
+    missing = [link for link in links if not (ROOT / link).exists()]
+    assert missing == []
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"make (\w+)", README):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
