@@ -25,6 +25,7 @@ from tasks.animate import gallery_media
 from tasks.manifest import read_table, read_table_if_any
 from tasks.storage import ObjectStore, open_store
 
+NUM_VIDEOS: Final = 36
 PAGE: Final = "index.html"
 DATASET: Final = "dataset"
 RUN: Final = "run"
@@ -45,8 +46,8 @@ class DemoInputs:
 
 def draw_inputs(folder: Path, *, on_progress: Callable[[Progress], None]) -> DemoInputs:
     """Draw the videos and the catalog; what is there already is kept."""
-    metadata = write_demo_videos(folder, on_progress=on_progress)
-    catalog = write_demo_catalog(folder, folder)
+    metadata = write_demo_videos(folder, num_videos=NUM_VIDEOS, on_progress=on_progress)
+    catalog = write_demo_catalog(folder, folder, num_videos=NUM_VIDEOS)
     return DemoInputs(metadata=metadata, raw=folder / "raw", catalog=catalog)
 
 

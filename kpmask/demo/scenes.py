@@ -5,20 +5,34 @@ from __future__ import annotations
 import colorsys
 import random
 from collections.abc import Callable
+from typing import Final
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 from kpmask.demo.figures import Colour
 
 Scene = Callable[[random.Random, Image.Image, int], None]
+
+OUT_OF_FOCUS: Final = 0.015  # radius of the blur, in shorter sides
+CONTRAST: Final = 0.6
+PALENESS: Final = 0.75  # distance from white that is left
 
 
 def draw_scene(rng: random.Random, size_px: tuple[int, int], ground_px: int) -> Image.Image:
     """A background of `size_px` (width, height) whose floor begins above row `ground_px`."""
     image = Image.new("RGB", size_px)
     rng.choice(SCENES)(rng, image, ground_px)
-    return _grained(image, rng)
+    return _grained(_out_of_focus(image), rng)
+
+
+def _out_of_focus(image: Image.Image) -> Image.Image:
+    """Soft and pale, as behind a portrait: a model of minutes needs the person to stand out."""
+    radius_px = OUT_OF_FOCUS * min(image.size)
+    soft = np.asarray(image.filter(ImageFilter.GaussianBlur(radius_px)), dtype=np.float32)
+    mean = soft.mean(axis=(0, 1))
+    pale = mean + CONTRAST * (soft - mean)
+    return Image.fromarray((255 - PALENESS * (255 - pale)).clip(0, 255).astype(np.uint8))
 
 
 def _tint(hue: float, saturation: float, value: float) -> Colour:

@@ -63,6 +63,16 @@ class KeypointMaskDriving(State):
     points_BK2: Tensor | None = None
 
 
+def recoloured(image_BCHW: Tensor) -> Tensor:
+    """Each image with its channels in random order, scaled by 0.6 to 1.4 and shifted a little."""
+    count, device = len(image_BCHW), image_BCHW.device
+    order_BC = torch.rand(count, 3, device=device).argsort(dim=1)
+    shuffled_BCHW = image_BCHW[torch.arange(count, device=device)[:, None], order_BC]
+    gain_BC11 = 0.6 + 0.8 * torch.rand(count, 3, 1, 1, device=device)
+    shift_BC11 = 0.3 * torch.rand(count, 3, 1, 1, device=device) - 0.15
+    return (shuffled_BCHW * gain_BC11 + shift_BC11).clamp(0, 1)
+
+
 class LowResolutionStage(nn.Module):
     """Small source and two masks -> frame of full size."""
 
@@ -175,7 +185,12 @@ class KeypointMaskSystem(AnimationSystem[KeypointMaskSource, KeypointMaskDriving
 
     def training_losses(self, batch: Batch) -> LossTerms:
         source = self.encode_source(batch.source_BCHW)
-        prediction = self.render(source, self.encode_driving(batch.driving_BCHW))
+        # A detector that learns must not tell the driver's colours: paper 003 shows its driving
+        # input in other colours than the frame that is to be drawn.
+        seen_BCHW = batch.driving_BCHW
+        if self.detector_learns:
+            seen_BCHW = recoloured(seen_BCHW)
+        prediction = self.render(source, self.encode_driving(seen_BCHW))
         assert prediction.low_resolution_BCHW is not None
         images = {"_low": prediction.low_resolution_BCHW, "_high": prediction.image_BCHW}
         terms = self.objective.image_terms(images, batch.driving_BCHW).terms
