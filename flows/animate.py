@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from prefect import flow, task
-from prefect.cache_policies import NO_CACHE
+from prefect import flow
 
 from flows import artifacts, engine
 from kpmask.config import AnimateJob
@@ -11,15 +10,7 @@ from kpmask.records import CatalogManifest
 from tasks.animate import animate_catalog
 
 
-@task(
-    name="animate",
-    retries=engine.STAGE_RETRIES,
-    retry_delay_seconds=engine.STAGE_RETRY_DELAYS_S,
-    retry_condition_fn=engine.worth_retrying,
-    timeout_seconds=7 * engine.DAY_S,
-    cache_policy=NO_CACHE,
-    persist_result=False,
-)
+@engine.stage("animate", timeout_s=7 * engine.DAY_S)
 def animate_stage(job: AnimateJob) -> CatalogManifest:
     return animate_catalog(job, on_progress=engine.StageProgress())
 

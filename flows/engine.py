@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 from uuid import UUID
 
 import httpx
-from prefect import Flow, Task
+from prefect import Flow, Task, task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.exceptions import MissingContextError, PrefectHTTPStatusError
 from prefect.logging import get_run_logger
@@ -30,6 +31,7 @@ from kpmask.records import Progress
 
 J = TypeVar("J")
 R = TypeVar("R")
+P = ParamSpec("P")
 ProgressSink = Callable[[Progress], None]
 
 HOUR_S = 3600.0
@@ -158,7 +160,23 @@ def _quiet() -> Iterator[None]:
             logger.removeFilter(only_others)
 
 
-# --- retries ---------------------------------------------------------------------------------
+# --- stages ---------------------------------------------------------------------------------
+
+
+def stage(name: str, *, timeout_s: float) -> Callable[[Callable[P, R]], Task[P, R]]:
+    """Decorate the function that runs one whole stage: its retries, time limit, no stored result.
+
+    State is in our manifests, so Prefect caches nothing and keeps no pickle of a result.
+    """
+    return task(
+        name=name,
+        retries=STAGE_RETRIES,
+        retry_delay_seconds=STAGE_RETRY_DELAYS_S,
+        retry_condition_fn=worth_retrying,
+        timeout_seconds=timeout_s,
+        cache_policy=NO_CACHE,
+        persist_result=False,
+    )
 
 
 def worth_retrying(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:

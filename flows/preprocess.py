@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from prefect import flow, task
-from prefect.cache_policies import NO_CACHE
+from prefect import flow
 
 from flows import artifacts, engine
 from kpmask.config import PreprocessJob
@@ -11,15 +10,7 @@ from kpmask.records import DatasetManifest
 from tasks.preprocess import preprocess
 
 
-@task(
-    name="preprocess",
-    retries=engine.STAGE_RETRIES,
-    retry_delay_seconds=engine.STAGE_RETRY_DELAYS_S,
-    retry_condition_fn=engine.worth_retrying,
-    timeout_seconds=7 * engine.DAY_S,
-    cache_policy=NO_CACHE,
-    persist_result=False,
-)
+@engine.stage("preprocess", timeout_s=7 * engine.DAY_S)
 def preprocess_stage(job: PreprocessJob) -> DatasetManifest:
     return preprocess(job, on_progress=engine.StageProgress())
 

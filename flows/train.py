@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from prefect import flow, task
-from prefect.cache_policies import NO_CACHE
+from prefect import flow
 
 from flows import artifacts, engine
 from kpmask.config import TrainJob
@@ -11,15 +10,7 @@ from kpmask.records import RunManifest
 from tasks.train import train
 
 
-@task(
-    name="train",
-    retries=engine.STAGE_RETRIES,
-    retry_delay_seconds=engine.STAGE_RETRY_DELAYS_S,
-    retry_condition_fn=engine.worth_retrying,
-    timeout_seconds=30 * engine.DAY_S,
-    cache_policy=NO_CACHE,
-    persist_result=False,
-)
+@engine.stage("train", timeout_s=30 * engine.DAY_S)
 def train_stage(job: TrainJob) -> RunManifest:
     return train(job, on_progress=engine.StageProgress())
 

@@ -36,7 +36,7 @@ from kpmask.records import (
 )
 from kpmask.report import GalleryMedia, gallery_page
 from tasks import storage
-from tasks.catalog import CatalogPlan, absolute, local_media, plan_catalog
+from tasks.catalog import CatalogPlan, local_media, plan_catalog
 from tasks.cluster import ray_session, run_items
 from tasks.manifest import (
     Journal,
@@ -58,7 +58,7 @@ from tasks.render import (
     source_preview,
     with_sound,
 )
-from tasks.storage import ObjectStore
+from tasks.storage import ObjectStore, absolute
 
 log = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from kpmask.errors import ConfigError, ItemError, MediaError, RowError, StorageE
 from kpmask.models.base import AnimationSystem
 from kpmask.records import AnimationItem, CatalogRow, Failure, digest
 from tasks import storage
-from tasks.storage import ObjectStore
+from tasks.storage import ObjectStore, absolute
 
 RESULT_VERSION: Final = 1  # raise it when the same inputs give another video
 HASH_THREADS: Final = 8
@@ -78,11 +78,6 @@ def settings_digest(job: AnimateJob, weights_sha256: str) -> str:
             "min_driving_frames": job.min_driving_frames,
         }
     )
-
-
-def absolute(reference: str) -> str:
-    """A path or URI that means the same in every process."""
-    return reference if "://" in reference else str(Path(reference).absolute())
 
 
 def failure_of(item: str, stage: str, error: ItemError) -> Failure:

@@ -12,18 +12,20 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from kpmask.config import Storage
-from kpmask.data.dataset import MANIFEST, Dataset, read_manifest
+from kpmask.data.dataset import MANIFEST, STATS, Dataset, read_manifest
 from kpmask.data.layouts import frame_key
 from kpmask.data.shards import Shard, ShardWriter, decode_frame
 from kpmask.errors import DatasetError, StorageError
 from kpmask.records import ClipRecord, digest
 from kpmask.report import picture_uri
+from tasks.manifest import read_json
 from tasks.storage import ObjectStore, open_store, os_errors
 
 NUM_THREADS = 4
@@ -42,8 +44,27 @@ def open_dataset(uri: str) -> Dataset:
         StorageError: the store does not answer.
     """
     store = open_store(uri)
+    with _dataset_errors(uri):
+        return Dataset(read_manifest(store.local(MANIFEST)), fetch=store.local)
+
+
+def open_identified_dataset(uri: str) -> tuple[Dataset, str]:
+    """`open_dataset`, and the dataset's id.
+
+    Raises:
+        DatasetError, StorageError: as `open_dataset`.
+    """
+    with _dataset_errors(uri):
+        stats = read_json(open_store(uri), STATS)
+    if "dataset_id" not in stats:
+        raise DatasetError(f"its {STATS} has no dataset_id", subject=uri)
+    return open_dataset(uri), str(stats["dataset_id"])
+
+
+@contextmanager
+def _dataset_errors(uri: str) -> Iterator[None]:
     try:
-        records = read_manifest(store.local(MANIFEST))
+        yield
     except StorageError as error:
         if error.code != "not_found":
             raise
@@ -52,7 +73,6 @@ def open_dataset(uri: str) -> Dataset:
             subject=uri,
             hint="kpmask preprocess makes one",
         ) from error
-    return Dataset(records, fetch=store.local)
 
 
 def thumbnails(dataset: Dataset) -> dict[str, str]:

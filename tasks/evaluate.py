@@ -24,8 +24,7 @@ from numpy.typing import NDArray
 from kpmask import checkpoint
 from kpmask.animate import Animator, to_frames, to_tensor
 from kpmask.config import EvaluateJob, MediaLimits, MetricName
-from kpmask.data.dataset import MANIFEST as DATASET_MANIFEST
-from kpmask.data.dataset import STATS, Dataset, read_manifest
+from kpmask.data.dataset import Dataset
 from kpmask.data.layouts import MediaSource, find_sources
 from kpmask.errors import (
     CheckpointError,
@@ -33,7 +32,6 @@ from kpmask.errors import (
     DatasetError,
     MediaError,
     RunFailed,
-    StorageError,
 )
 from kpmask.evaluate import (
     FramePair,
@@ -59,18 +57,18 @@ from kpmask.records import (
 )
 from kpmask.report import GalleryMedia, evaluation_page
 from tasks import storage
-from tasks.catalog import ID_LENGTH, absolute, content_digest, failure_of, local_media
+from tasks.catalog import ID_LENGTH, content_digest, failure_of, local_media
 from tasks.cluster import Worker, ray_session, run_items
+from tasks.dataset import open_identified_dataset
 from tasks.manifest import (
     Journal,
     check_failures,
-    read_json,
     read_table_if_any,
     read_table_metadata,
     write_json,
     write_table,
 )
-from tasks.storage import ObjectStore
+from tasks.storage import ObjectStore, absolute
 
 OnProgress = Callable[[Progress], None]
 Frames = NDArray[np.uint8]  # THWC RGB
@@ -229,21 +227,8 @@ def _planned(job: EvaluateJob) -> ScorePlan:
 def _dataset_clips(job: EvaluateJob) -> tuple[list[ClipRecord], str]:
     """The clips of the wanted split, and the dataset's id."""
     assert job.data is not None
-    store = storage.open_store(job.data)
-    try:
-        records = read_manifest(store.local(DATASET_MANIFEST))
-        dataset_id = str(read_json(store, STATS)["dataset_id"])
-    except StorageError as error:
-        if error.code != "not_found":
-            raise
-        raise DatasetError(
-            "there is no finished dataset here",
-            subject=job.data,
-            hint="kpmask preprocess makes one",
-        ) from error
-    except KeyError as error:
-        raise DatasetError(f"its {STATS} has no dataset_id", subject=job.data) from error
-    clips = [record for record in records if record.partition == job.partition]
+    dataset, dataset_id = open_identified_dataset(job.data)
+    clips = dataset.partition(job.partition)
     if not clips:
         raise DatasetError(
             f"it has no {job.partition} clips", subject=job.data, code="dataset_too_small"

@@ -60,7 +60,7 @@ from tasks.manifest import (
     write_json,
     write_table,
 )
-from tasks.storage import ObjectInfo, ObjectStore, local_copy, open_store
+from tasks.storage import ObjectInfo, ObjectStore, absolute, local_copy, open_store
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +89,7 @@ def preprocess(
         StorageError: a store does not answer.
     """
     report = on_progress or (lambda progress: None)
+    job = job.model_copy(update={"out": absolute(job.out)})  # workers may be elsewhere
     out = open_store(job.out)
     out.exists(MANIFEST)  # a store that denies or is not there says so before any work
     inputs = read_inputs(job)

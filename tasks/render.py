@@ -26,8 +26,8 @@ from kpmask.media.encode import encode
 from kpmask.models.base import State
 from kpmask.records import AnimationItem, AnimationRecord, EncodedVideo, FeatureRecord, digest
 from tasks import storage
-from tasks.catalog import ID_LENGTH, absolute, local_media
-from tasks.storage import ObjectStore
+from tasks.catalog import ID_LENGTH, local_media
+from tasks.storage import ObjectStore, absolute
 
 FRAMES_PER_PART: Final = 256
 FEATURES: Final = "features"

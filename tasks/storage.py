@@ -127,6 +127,11 @@ def check_prefix(prefix: str) -> str:
     return prefix
 
 
+def absolute(reference: str) -> str:
+    """A path or URI that means the same in every process."""
+    return reference if "://" in reference else str(Path(reference).absolute())
+
+
 def open_store(uri: str) -> ObjectStore:
     """The store at a folder path, a `file://` URI or `s3://bucket[/prefix]`.
 

@@ -60,6 +60,7 @@ def train(job: TrainJob, *, on_progress: OnProgress | None = None) -> RunManifes
         RunFailed: the loss is not finite any more, or the workers died too often.
         KeyboardInterrupt: after Ctrl-C, with a checkpoint left behind.
     """
+    job = train_folder.placed(job)
     folder, finished = _prepared(job)
     if finished is not None:
         return finished

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from kpmask.config import TrainJob, to_toml
-from kpmask.data.dataset import MANIFEST as DATASET_MANIFEST
-from kpmask.data.dataset import STATS, Dataset, read_manifest
-from kpmask.errors import ConfigError, DatasetError, StorageError
+from kpmask.data.dataset import Dataset
+from kpmask.errors import ConfigError, DatasetError
 from kpmask.records import ClipRecord, RunManifest, StepMetrics, digest
 from kpmask.report import run_page
+from tasks.dataset import open_identified_dataset
 from tasks.manifest import read_json, write_json
-from tasks.storage import ObjectStore, open_store
+from tasks.storage import ObjectStore, absolute, open_store
 
 RUN: Final = "run.json"
 CONFIG: Final = "config.toml"
@@ -63,27 +63,31 @@ class TrainingData:
     shown: tuple[ClipRecord, ...]  # what samples are drawn from: test clips, if there are any
 
 
+def placed(job: TrainJob) -> TrainJob:
+    """The job with paths that mean the same in every worker, whose working folders differ."""
+    phases = tuple(
+        phase.model_copy(update={"detector_weights": absolute(phase.detector_weights)})
+        if phase.detector_weights
+        else phase
+        for phase in job.phases
+    )
+    update: dict[str, Any] = {
+        "data": absolute(job.data),
+        "out": absolute(job.out),
+        "phases": phases,
+    }
+    if job.perceptual_weights:
+        update["perceptual_weights"] = absolute(job.perceptual_weights)
+    return job.model_copy(update=update)
+
+
 def open_data(job: TrainJob) -> TrainingData:
     """The job's dataset.
 
     Raises:
         DatasetError: there is none, it has no training clips, or their size is not the model's.
     """
-    store = open_store(job.data)
-    try:
-        records = read_manifest(store.local(DATASET_MANIFEST))
-        dataset_id = str(read_json(store, STATS)["dataset_id"])
-    except StorageError as error:
-        if error.code != "not_found":
-            raise
-        raise DatasetError(
-            "there is no finished dataset here",
-            subject=job.data,
-            hint="kpmask preprocess makes one",
-        ) from error
-    except KeyError as error:
-        raise DatasetError(f"its {STATS} has no dataset_id", subject=job.data) from error
-    dataset = Dataset(records, fetch=store.local)
+    dataset, dataset_id = open_identified_dataset(job.data)
     train = tuple(dataset.partition("train"))
     if not train:
         raise DatasetError("no training clips", subject=job.data, code="dataset_too_small")

@@ -72,9 +72,14 @@ def wait_for(condition: Callable[[], object], *, timeout_s: float) -> Any:
 
 
 def post(url: str, path: str, body: object) -> Any:
-    answer = httpx.post(f"{url}/{path}", json=body, timeout=20)
-    answer.raise_for_status()
-    return answer.json()
+    def answer() -> httpx.Response | None:
+        """None while the server's database is busy, which it says with 503."""
+        found = httpx.post(f"{url}/{path}", json=body, timeout=20)
+        return None if found.status_code == 503 else found
+
+    found: httpx.Response = wait_for(answer, timeout_s=60)
+    found.raise_for_status()
+    return found.json()
 
 
 def deployments(url: str, name: str) -> dict[str, Any]:
