@@ -8,6 +8,7 @@ import os
 import random
 import secrets
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,11 @@ os.environ.update(
 )
 atexit.register(shutil.rmtree, os.environ["KPMASK_HOME"], ignore_errors=True)
 importlib.import_module("flows")  # sets what Prefect reads when it is imported
+
+# A shell starts background jobs with Ctrl-C ignored, and children inherit that: tests that send
+# SIGINT would wait for nothing.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DEV_DATA = Path(__file__).parents[2] / "shared" / "data" / "dev"
 
