@@ -14,6 +14,7 @@ import typer
 import kpmask
 from flows import console
 from kpmask import config
+from kpmask.model_config import Part
 
 app = typer.Typer(
     cls=console.GuardedGroup,
@@ -64,7 +65,7 @@ DryRun = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
-def _say_plan(job: config.Part, plan: list[str], *, as_json: bool) -> None:
+def _say_plan(job: Part, plan: list[str], *, as_json: bool) -> None:
     """The answer to --dry-run: the job as resolved, and what would be done."""
     import tomli_w
 

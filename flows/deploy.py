@@ -34,8 +34,8 @@ from flows.pipeline import pipeline_flow
 from flows.preprocess import preprocess_flow
 from flows.server import prefect_api
 from flows.train import train_flow
-from kpmask.config import Part
 from kpmask.errors import ConfigError
+from kpmask.model_config import Part
 
 log = logging.getLogger(__name__)
 

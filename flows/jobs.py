@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from flows import console
 from kpmask import config
+from kpmask.model_config import Part
 from kpmask.records import (
     CatalogManifest,
     DatasetManifest,
@@ -23,7 +24,7 @@ from kpmask.records import (
 if TYPE_CHECKING:
     from kpmask.records import ScoreTable
 
-J = TypeVar("J", bound=config.Part)
+J = TypeVar("J", bound=Part)
 R = TypeVar("R")
 
 
@@ -32,7 +33,7 @@ def as_result(record: Any) -> dict[str, Any]:  # noqa: ANN401 - any record
     return as_dict(record)
 
 
-def _run(flow: Any, job: config.Part, *, quiet: bool) -> Any:  # noqa: ANN401 - untyped by Prefect
+def _run(flow: Any, job: Part, *, quiet: bool) -> Any:  # noqa: ANN401 - untyped by Prefect
     from flows import engine
 
     with console.progress_bars(quiet=quiet) as report:

@@ -11,7 +11,8 @@ from flows.animate import animate_stage, publish_catalog
 from flows.evaluate import evaluate_stage, publish_scores
 from flows.preprocess import preprocess_stage, publish_dataset
 from flows.train import publish_run, train_stage
-from kpmask.config import AnimateJob, EvaluateJob, Part, PreprocessJob, TrainJob
+from kpmask.config import AnimateJob, EvaluateJob, PreprocessJob, TrainJob
+from kpmask.model_config import Part
 from kpmask.records import CatalogManifest, DatasetManifest, RunManifest, ScoreTable
 
 WEIGHTS = "weights.safetensors"

@@ -24,15 +24,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kpmask.config import FommModel, KeypointMaskModel, ModelConfig
-from kpmask.config import KeypointDetector as DetectorConfig
 from kpmask.errors import CheckpointError, ConfigError
+from kpmask.model_config import AnyModel, ModelConfig, Part
 from kpmask.models import build_system
 from kpmask.models.base import AnimationSystem
 
 FORMAT = "kpmask-1"
 MAX_LISTED = 6
-_MODEL: TypeAdapter[FommModel | KeypointMaskModel] = TypeAdapter(ModelConfig)
+_MODEL: TypeAdapter[AnyModel] = TypeAdapter(ModelConfig)
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class LoadedCheckpoint:
         info: what was saved beside it. sha256: of the file, in hex.
     """
 
-    config: FommModel | KeypointMaskModel
+    config: AnyModel
     system: AnimationSystem[Any, Any]
     info: dict[str, Any]
     sha256: str
@@ -111,17 +110,27 @@ def load(path: Path, *, system: str | None = None) -> LoadedCheckpoint:
     return LoadedCheckpoint(header.config, built.eval(), header.info, _sha256(path))
 
 
-def load_detector(path: Path, *, config: DetectorConfig) -> dict[str, Tensor]:
-    """A checkpoint's keypoint detector as a state dict, for a phase that keeps it frozen.
+def load_detector(path: Path, *, config: Part) -> dict[str, Tensor]:
+    """A checkpoint's keypoint detector, under the names it has in a system's state dict.
+
+    Args:
+        config: the settings that it must have.
 
     Raises:
         CheckpointError: code checkpoint_mismatch, when it was trained with other settings.
     """
     loaded = load(path)
+    found = getattr(loaded.config, "detector", None)
+    if type(found) is not type(config):
+        raise CheckpointError(
+            f"a {loaded.config.system} system has no such keypoint detector",
+            subject=str(path),
+            code="checkpoint_mismatch",
+        )
     differing = [
-        f"{name} is {getattr(loaded.config.detector, name)!r}, not {value!r}"
+        f"{name} is {getattr(found, name)!r}, not {value!r}"
         for name, value in config
-        if getattr(loaded.config.detector, name) != value
+        if getattr(found, name) != value
     ]
     if differing:
         raise CheckpointError(
@@ -129,8 +138,8 @@ def load_detector(path: Path, *, config: DetectorConfig) -> dict[str, Tensor]:
             subject=str(path),
             code="checkpoint_mismatch",
         )
-    detector: nn.Module = loaded.system.detector  # type: ignore[assignment] # every system's
-    return detector.state_dict()
+    weights = loaded.system.state_dict()
+    return {key: value for key, value in weights.items() if key.startswith("detector.")}
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -158,7 +167,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Header:
-    config: FommModel | KeypointMaskModel
+    config: AnyModel
     info: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
 

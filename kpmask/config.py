@@ -17,24 +17,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from kpmask.errors import ConfigError
-from kpmask.records import Motion, digest
+from kpmask.model_config import SYSTEMS, Fraction, ModelConfig, Part, PositiveInt, Weight
+from kpmask.records import Motion
 
-PositiveInt = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(gt=0)]
-
-
-class Part(BaseModel):
-    """Base of every job and part of one: frozen, and unknown keys are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    def digest(self) -> str:
-        """The SHA-256 of these settings in canonical form."""
-        return digest(self.model_dump(mode="json"))
 
 
 # --- shared parts ----------------------------------------------------------------------------
@@ -126,138 +115,30 @@ class PreprocessJob(Part):
         return self
 
 
-# --- models ----------------------------------------------------------------------------------
-
-
-class Hourglass(Part):
-    """Widths of a U-Net: block i has min(max_features, block_expansion * 2**i) channels."""
-
-    block_expansion: PositiveInt = 64
-    num_blocks: PositiveInt = 5
-    max_features: PositiveInt = 1024
-
-
-class KeypointDetector(Hourglass):
-    """The FOMM keypoint detector (FOMM section 3.1; K = 10 in every published setting)."""
-
-    block_expansion: PositiveInt = 32
-    num_keypoints: PositiveInt = 10
-    scale_factor: Annotated[float, Field(gt=0, le=1)] = 0.25
-    temperature: Annotated[float, Field(gt=0)] = 0.1
-    estimate_jacobian: bool = True
-    single_jacobian_map: bool = False
-    # The heads are 7x7 convolutions. Published: no padding, so the maps lose 6 px and keypoint
-    # space is stretched against image space (64/58 at 256 px). Small maps want 3.
-    head_padding: Literal[0, 3] = 0
-
-
-class DenseMotion(Hourglass):
-    """FOMM's dense motion network (FOMM section 3.2)."""
-
-    scale_factor: Annotated[float, Field(gt=0, le=1)] = 0.25
-    kp_variance: Annotated[float, Field(gt=0)] = 0.01
-    estimate_occlusion: bool = True
-
-
-class FommGenerator(Part):
-    """FOMM's generator: encoder, warp, residual bottleneck, decoder (Johnson et al.)."""
-
-    block_expansion: PositiveInt = 64
-    num_down_blocks: PositiveInt = 2
-    num_bottleneck_blocks: PositiveInt = 6
-    max_features: PositiveInt = 512
-
-
-class FommModel(Part):
-    """First order motion model, which also pretrains the keypoint detector."""
-
-    system: Literal["fomm"] = "fomm"
-    image_size_px: PositiveInt = 256
-    detector: KeypointDetector = KeypointDetector()
-    dense_motion: DenseMotion = DenseMotion()
-    generator: FommGenerator = FommGenerator()
-    # grid_sample without the argument was True on torch 1.0, with which the public weights were
-    # trained, and is False since 1.3, under which the identity grid is not an identity.
-    align_corners: bool = True
-
-    @model_validator(mode="after")
-    def _sides_divide(self) -> FommModel:
-        _check_side(self.image_size_px, self.detector.scale_factor, self.detector.num_blocks)
-        _check_side(
-            self.image_size_px, self.dense_motion.scale_factor, self.dense_motion.num_blocks
-        )
-        return self
-
-
-class LowResolution(Part):
-    """First generator stage: source at `scale_factor` and two masks -> full-size prediction."""
-
-    scale_factor: Annotated[float, Field(gt=0, le=1)] = 0.25
-    block_expansion: PositiveInt = 64  # width after the last up block
-    num_bottleneck_blocks: PositiveInt = 6
-
-    @property
-    def num_up_blocks(self) -> int:
-        """log2(1 / scale_factor): the stage's output has the image's size."""
-        return round(1 / self.scale_factor).bit_length() - 1
-
-
-class KeypointMaskModel(Part):
-    """Keypoint mask (paper 002): a mask from a frozen keypoint detector, two generator stages."""
-
-    system: Literal["keypoint-mask"] = "keypoint-mask"
-    image_size_px: PositiveInt = 256
-    # heatmap: sum of the K logit maps, absolute motion only (section 2.1). circles: Gaussians at
-    # the soft-argmax points, also relative motion (2.2). softmax: sum of the softmaxed maps (a
-    # third setting of the published code, not in the paper).
-    mask: Literal["heatmap", "circles", "softmax"] = "heatmap"
-    circle_variance: Annotated[float, Field(gt=0)] = 0.003
-    # padded: circles are drawn on the detector's map, as in training. full: on the mask's full
-    # grid, as the published animation code does, which misplaces them by 64/58 at 256 px.
-    circle_grid: Literal["padded", "full"] = "padded"
-    detector: KeypointDetector = KeypointDetector()
-    low_resolution: LowResolution = LowResolution()
-    high_resolution: Hourglass = Hourglass()
-
-    @model_validator(mode="after")
-    def _sides_divide(self) -> KeypointMaskModel:
-        _check_side(self.image_size_px, self.detector.scale_factor, self.detector.num_blocks)
-        _check_side(self.image_size_px, 1.0, self.high_resolution.num_blocks)
-        scale = 1 / self.low_resolution.scale_factor
-        if scale != 2**self.low_resolution.num_up_blocks:
-            raise ValueError("low_resolution.scale_factor must be 1/2, 1/4, 1/8, ...")
-        return self
-
-
-def _check_side(image_size_px: int, scale_factor: float, num_blocks: int) -> None:
-    side = image_size_px * scale_factor
-    if side % 2**num_blocks:
-        raise ValueError(
-            f"a side of {side:g} px ({image_size_px} * {scale_factor:g}) does not divide by "
-            f"2**{num_blocks}; lower num_blocks or change the size"
-        )
-
-
-ModelConfig = Annotated[FommModel | KeypointMaskModel, Field(discriminator="system")]
-
-
 # --- train -----------------------------------------------------------------------------------
 
 
 class Losses(Part):
-    """Loss weights (FOMM's, which paper 002 takes over)."""
+    """Loss weights (FOMM's, which paper 002 takes over). A system reads those that it has."""
 
-    perceptual: Annotated[float, Field(ge=0)] = 10.0
+    perceptual: Weight = 10.0
     scales: tuple[float, ...] = (1.0, 0.5, 0.25, 0.125)
-    pixel: Annotated[float, Field(ge=0)] = 0.0  # L1; 0 in both papers
+    pixel: Weight = 0.0  # L1; 0 in both papers
     # The mean of a learning detector's masks: keeps out of them what need not move. 0 in both
     # papers; without it, a detector that learns with the generator also draws the background.
-    mask_mean: Annotated[float, Field(ge=0)] = 0.0
-    equivariance_value: Annotated[float, Field(ge=0)] = 10.0
-    equivariance_jacobian: Annotated[float, Field(ge=0)] = 10.0
+    mask_mean: Weight = 0.0
+    # Paper 003: L1 of the refined mask against the driver's own; from this epoch on (from 0).
+    refinement: Weight = 100.0
+    refinement_from_epoch: Weight = 1.0
+    equivariance_value: Weight = 10.0
+    equivariance_jacobian: Weight = 10.0
     transform_sigma_affine: float = 0.05
     transform_sigma_tps: float = 0.005
     transform_points_tps: PositiveInt = 5
+    # Systems with a discriminator: (1 - D(fake))^2, features of its blocks, and its own loss.
+    adversarial: Weight = 1.0
+    feature_matching: tuple[Weight, ...] = (10.0, 10.0, 10.0, 10.0)
+    discriminator: Weight = 1.0
 
 
 class Augmentation(Part):
@@ -273,12 +154,13 @@ class Augmentation(Part):
 class Phase(Part):
     """One training phase: a system, its optimiser and its length.
 
-    A phase whose model has a frozen detector takes it from the phase before, or from
-    `detector_weights`.
+    `takes` says what it starts from: the detector of the phase before (or of `detector_weights`),
+    all weights of the phase before that it has a place for, or nothing.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]
     model: ModelConfig
+    takes: Literal["detector", "weights", "nothing"] = "nothing"
     detector_weights: str | None = None
     # Paper 002 freezes the detector. True: it goes on learning from the first stage's loss, as
     # paper 003's mask generator does; the mask may then carry more of the driver's shape.
@@ -286,21 +168,34 @@ class Phase(Part):
     epochs: PositiveInt = 100
     max_steps: PositiveInt | None = None  # ends the phase before its epochs do
     batch_size: PositiveInt = 28  # over all workers; 002 code: 28 (heatmap), 15 (circles)
+    accumulate: PositiveInt = 1  # a step's batch in so many parts, whose gradients are averaged
+    optimizer: Literal["adam", "sgd"] = "adam"  # sgd: momentum is the first beta (X2Face)
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    detector_learning_rate: Weight | None = None  # None: as the rest; FOMM's taichi-adv has 0
     betas: tuple[float, float] = (0.5, 0.999)  # the 002 code's; paper 003 says (.5, .9)
+    schedule: Literal["milestones", "cosine"] = "milestones"
     milestones: tuple[Fraction, ...] = (0.6, 0.9)  # of the phase's length; then lr * 0.1
+    # Of the moving average of the weights that becomes the result; 0 keeps the last weights.
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     losses: Losses = Losses()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Phase:
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size {self.batch_size} does not divide by accumulate {self.accumulate}"
+            )
+        if self.detector_weights is not None and self.takes != "detector":
+            raise ValueError("detector_weights goes with takes = 'detector'")
+        return self
 
 
 Perceptual = Literal["vgg19", "efficientnet-lite0", "random", "none"]
 
 
-class TrainJob(Part):
-    """Train one or more phases on a dataset; the last phase's weights are the run's result."""
+class TrainSettings(Part):
+    """How systems are trained, whichever they are."""
 
-    data: str
-    out: str
-    phases: Annotated[tuple[Phase, ...], Field(min_length=1)]
     perceptual: Perceptual = "vgg19"
     perceptual_weights: str | None = None  # a local file; else downloaded once and verified
     augmentation: Augmentation = Augmentation()
@@ -308,6 +203,9 @@ class TrainJob(Part):
     seed: Annotated[int, Field(ge=0)] = 0
     num_workers: PositiveInt = 1
     use_gpu: bool = False
+    # auto: convolutions in bfloat16 where the processor computes it, all else in float32.
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: bool = False  # torch.compile; slower on every CPU that was measured
     threads_per_worker: PositiveInt | None = None  # None: the CPUs shared out
     log_every_steps: PositiveInt = 10
     sample_every_steps: PositiveInt = 200
@@ -315,30 +213,59 @@ class TrainJob(Part):
     max_restarts: Annotated[int, Field(ge=0)] = 2
     resume: bool = True
 
+
+class TrainJob(TrainSettings):
+    """Train one or more phases on a dataset; the last phase's weights are the run's result."""
+
+    data: str
+    out: str
+    phases: Annotated[tuple[Phase, ...], Field(min_length=1)]
+
     @model_validator(mode="after")
     def _phases_fit(self) -> TrainJob:
-        names = [phase.name for phase in self.phases]
-        if len(set(names)) != len(names):
-            raise ValueError(f"phase names repeat: {', '.join(names)}")
-        for before, phase in zip((None, *self.phases), self.phases, strict=False):
-            if phase.batch_size % self.num_workers:
-                raise ValueError(
-                    f"phase {phase.name!r}: batch_size {phase.batch_size} does not divide by "
-                    f"num_workers {self.num_workers}"
-                )
-            if phase.model.system != "keypoint-mask":
-                continue
-            if before is None and phase.detector_weights is None:
-                raise ValueError(
-                    f"phase {phase.name!r} needs a trained keypoint detector: put a fomm phase "
-                    f"before it or set detector_weights"
-                )
-            if before is not None and before.model.detector != phase.model.detector:
-                raise ValueError(f"phase {phase.name!r}: its detector differs from the one before")
-        sizes = {phase.model.image_size_px for phase in self.phases}
-        if len(sizes) > 1:
-            raise ValueError(f"phases differ in image_size_px: {sorted(sizes)}")
+        check_phases(self.phases, num_workers=self.num_workers)
         return self
+
+
+def check_phases(phases: Sequence[Phase], *, num_workers: int) -> None:
+    """Refuse phases that cannot follow each other.
+
+    Raises:
+        ValueError: naming the phase.
+    """
+    names = [phase.name for phase in phases]
+    if len(set(names)) != len(names):
+        raise ValueError(f"phase names repeat: {', '.join(names)}")
+    for before, phase in zip((None, *phases), phases, strict=False):
+        if phase.batch_size % (num_workers * phase.accumulate):
+            raise ValueError(
+                f"phase {phase.name!r}: batch_size {phase.batch_size} does not divide by "
+                f"num_workers {num_workers} times accumulate {phase.accumulate}"
+            )
+        _check_start(phase, before)
+    sizes = {phase.model.image_size_px for phase in phases}
+    if len(sizes) > 1:
+        raise ValueError(f"phases differ in image_size_px: {sorted(sizes)}")
+
+
+def _check_start(phase: Phase, before: Phase | None) -> None:
+    """Refuse a phase that takes what is not there."""
+    detector = getattr(phase.model, "detector", None)
+    if phase.takes == "nothing":
+        if phase.model.system == "keypoint-mask" and not phase.train_detector:
+            raise ValueError(
+                f"phase {phase.name!r} needs a trained keypoint detector: put a fomm phase before "
+                f"it or set detector_weights, with takes = 'detector'"
+            )
+        return
+    if before is None and (phase.takes == "weights" or phase.detector_weights is None):
+        raise ValueError(f"phase {phase.name!r} takes {phase.takes}, and none is before it")
+    if phase.takes == "detector" and detector is None:
+        raise ValueError(f"phase {phase.name!r}: a {phase.model.system} system has no detector")
+    if before is None or phase.detector_weights is not None:
+        return
+    if phase.takes == "detector" and detector != getattr(before.model, "detector", None):
+        raise ValueError(f"phase {phase.name!r}: its detector differs from the one before")
 
 
 # --- animate ---------------------------------------------------------------------------------
@@ -439,40 +366,88 @@ def preset_names() -> list[str]:
     )
 
 
-def load_preset(name: str) -> dict[str, Any]:
+def load_preset(name: str, *, systems: Sequence[str] | None = None) -> dict[str, Any]:
     """A preset's tables: one of the package's by name, or a TOML file by path.
 
+    A preset that lists several systems becomes a `train` table with the phases of the first of
+    `systems` (by default its own first), and a `compare` table with the phases of all of them.
+
     Raises:
-        ConfigError: no such preset, not TOML, or a table that is not a job's.
+        ConfigError: no such preset or system, not TOML, or a table that is not a job's.
     """
+    tables = _read_preset(name)
+    listed = tables.pop("systems", None)
+    shared = tables.pop("shared", {})
+    if listed is None:
+        if systems:
+            raise ConfigError(f"preset {name} has one system only", subject="--system")
+        return _checked_tables(tables, name)
+    phases = {system: _phases(system, listed, shared) for system in listed}
+    chosen = list(systems or listed)
+    for system in chosen:
+        if system not in phases:
+            raise ConfigError(
+                f"preset {name} has no system {system!r}; it has: {', '.join(phases)}",
+                subject="--system",
+            )
+    train = tables.get("train", {})
+    compared = {"systems": [{"name": s, "phases": phases[s]} for s in chosen], "train": train}
+    tables["compare"] = _merged(compared, tables.get("compare", {}))
+    tables["train"] = {**train, "phases": phases[chosen[0]]}
+    return _checked_tables(tables, name)
+
+
+def _phases(
+    system: str, listed: Mapping[str, Sequence[Mapping[str, Any]]], shared: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """A system's phases: each starts from `shared`, or from the last phase of another system."""
+    phases = []
+    for own in listed[system]:
+        like = own.get("like")
+        if like is not None and like not in listed:
+            raise ConfigError(f"no system {like!r}", subject=f"systems.{system}.like")
+        base = shared if like is None else _phases(like, listed, shared)[-1]
+        phase = {"name": like or system, **_merged(base, own)}
+        phase.pop("like", None)
+        phases.append(phase)
+    return phases
+
+
+def _read_preset(name: str) -> dict[str, Any]:
+    """A preset's file over that which it extends."""
     if name.endswith(".toml"):
-        return _read_toml(Path(name))
-    if name not in preset_names():
+        tables = _read_toml(Path(name))
+    elif name in preset_names():
+        path = resources.files("kpmask") / "presets" / f"{name}.toml"
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    else:
         raise ConfigError(
             f"no preset {name!r}; there are: {', '.join(preset_names())}",
             subject="preset",
             code="unknown_preset",
             hint="or give the path of a .toml file",
         )
-    path = resources.files("kpmask") / "presets" / f"{name}.toml"
-    return _checked_tables(tomllib.loads(path.read_text(encoding="utf-8")), name)
+    base = tables.pop("extends", None)
+    if base is not None and base not in preset_names():
+        raise ConfigError(f"extends {base!r}, which is no preset of the package", subject=name)
+    return tables if base is None else _merged(_read_preset(base), tables)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(error.strerror or str(error), subject=str(path)) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"not TOML: {error}", subject=str(path)) from error
-    return _checked_tables(tables, str(path))
 
 
 def _checked_tables(tables: dict[str, Any], subject: str) -> dict[str, Any]:
-    unknown = sorted(set(tables) - set(JOB_TYPES))
+    allowed = [*JOB_TYPES, "compare"]
+    unknown = sorted(set(tables) - set(allowed))
     if unknown:
         raise ConfigError(
-            f"unknown table {unknown[0]!r}; allowed: {', '.join(JOB_TYPES)}", subject=subject
+            f"unknown table {unknown[0]!r}; allowed: {', '.join(allowed)}", subject=subject
         )
     return tables
 
@@ -533,6 +508,7 @@ def resolve_job(
     job_file: str | None = None,
     overrides: Sequence[str] = (),
     flags: Mapping[str, Any] | None = None,
+    systems: Sequence[str] | None = None,
 ) -> J:
     """One job from a preset, a job file, overrides and the command's own flags.
 
@@ -542,6 +518,7 @@ def resolve_job(
         job_file: a TOML file in a preset's form.
         overrides: `key=value` texts; keys are dotted paths within the job.
         flags: values given on the command line; None means not given.
+        systems: which of the preset's systems; see `load_preset`.
 
     Raises:
         ConfigError: naming the field, the value and what is allowed.
@@ -549,9 +526,9 @@ def resolve_job(
     name = next(n for n, t in JOB_TYPES.items() if t is job_type)
     tree: dict[str, Any] = {}
     if preset is not None:
-        tree = _merged(tree, load_preset(preset).get(name, {}))
+        tree = _merged(tree, load_preset(preset, systems=systems).get(name, {}))
     if job_file is not None:
-        tree = _merged(tree, _read_toml(Path(job_file)).get(name, {}))
+        tree = _merged(tree, _checked_tables(_read_toml(Path(job_file)), job_file).get(name, {}))
     tree = json.loads(json.dumps(tree))  # a copy of our own to change
     for text in overrides:
         path, value = parse_override(text)
@@ -575,7 +552,7 @@ def validated(part_type: type[J], tree: Mapping[str, Any]) -> J:
 def _config_error(part_type: type[Part], error: ValidationError) -> ConfigError:
     problem = error.errors()[0]
     # pydantic puts the tag of a tagged union into the location; it is no field of ours.
-    place = [str(p) for p in problem["loc"] if p not in {"fomm", "keypoint-mask"}]
+    place = [str(p) for p in problem["loc"] if p not in SYSTEMS]
     field = ".".join(place) or part_type.__name__.removesuffix("Job").lower()
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":

@@ -46,6 +46,7 @@ class PhasePlan:
     index: int
     num_steps: int
     steps_before: int
+    steps_per_epoch: float
 
 
 def plan_phases(job: TrainJob, *, pairs_per_epoch: int) -> tuple[PhasePlan, ...]:
@@ -54,7 +55,13 @@ def plan_phases(job: TrainJob, *, pairs_per_epoch: int) -> tuple[PhasePlan, ...]
     starts = itertools.accumulate(lengths, initial=0)
     rows = zip(job.phases, lengths, starts, strict=False)
     return tuple(
-        PhasePlan(phase=phase, index=index, num_steps=length, steps_before=before)
+        PhasePlan(
+            phase=phase,
+            index=index,
+            num_steps=length,
+            steps_before=before,
+            steps_per_epoch=pairs_per_epoch / phase.batch_size,
+        )
         for index, (phase, length, before) in enumerate(rows)
     )
 
@@ -105,24 +112,34 @@ class StepResult:
 
 
 def initial_system(
-    plan: PhasePlan, *, seed: int, detector: Mapping[str, Tensor] | None = None
+    plan: PhasePlan, *, seed: int, before: Mapping[str, Tensor] | None = None
 ) -> System:
     """A phase's system before its first step, the same on every worker.
 
     Args:
-        detector: weights of the keypoint detector, where the phase does not train its own.
+        before: weights of the phase before, of which this one takes what its settings say.
 
     Raises:
-        CheckpointError: the detector's weights do not fit the phase's detector.
+        CheckpointError: the weights do not fit.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(seed, plan.index, 0))
         system = build_system(plan.phase.model)
-    if detector is not None:
-        load_weights(system.get_submodule("detector"), detector, subject=plan.phase.name)
+    if before is not None:
+        _take(system, before, plan.phase)
     if plan.phase.train_detector and isinstance(system, KeypointMaskSystem):
         system.release_detector()
     return system
+
+
+def _take(system: System, before: Mapping[str, Tensor], phase: Phase) -> None:
+    """Give a phase's system what it takes of the phase before."""
+    if phase.takes == "detector":
+        prefix = "detector."
+        detector = {k.removeprefix(prefix): v for k, v in before.items() if k.startswith(prefix)}
+        load_weights(system.get_submodule("detector"), detector, subject=phase.name)
+    elif phase.takes == "weights":
+        load_weights(system, {**system.state_dict(), **before}, subject=phase.name)
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], *, subject: str) -> None:

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from kpmask import checkpoint
-from kpmask.config import FommModel, KeypointMaskModel, validated
+from kpmask.config import validated
 from kpmask.errors import CheckpointError, ConfigError
+from kpmask.model_config import FommModel, KeypointMaskModel
 from kpmask.models import build_system
 from kpmask.models.base import AnimationSystem
 from kpmask.models.layers import DownBlock

@@ -24,6 +24,7 @@ from kpmask.config import TrainJob
 from kpmask.data.loader import BatchLoader
 from kpmask.data.pairs import PairSampler
 from kpmask.errors import ConfigError
+from kpmask.model_config import Part
 from kpmask.models.base import Batch
 from kpmask.perceptual import PerceptualFeatures, load_perceptual
 from kpmask.records import Progress, RunManifest, StepMetrics
@@ -118,17 +119,17 @@ class _Run:
         found = checkpoints.newest(self.folder.store)
         self._check_same(found)
         self._restore_metrics(found)
-        detector: Mapping[str, Tensor] | None = None
+        before: Mapping[str, Tensor] | None = None
         system: System | None = None
         for plan, sampler in zip(self.plans, pairs, strict=True):
             if found is not None and plan.index < found.phase_index:
                 continue
             start = found if found is not None and found.phase_index == plan.index else None
-            phase = _PhaseRun(self, plan, sampler, start, detector)
+            phase = _PhaseRun(self, plan, sampler, start, before)
             if not phase.train():
                 return False
             system = phase.system
-            detector = system.get_submodule("detector").state_dict()
+            before = system.state_dict()
         assert system is not None
         if self.worker.rank == 0:
             self._publish(system)
@@ -219,11 +220,11 @@ class _PhaseRun:
         plan: PhasePlan,
         sampler: PairSampler,
         start: TrainingCheckpoint | None,
-        detector: Mapping[str, Tensor] | None,
+        before: Mapping[str, Tensor] | None,
     ) -> None:
         self.run, self.plan, self.sampler = run, plan, sampler
         self.first = run.worker.rank == 0
-        self.system = initial_system(plan, seed=run.job.seed, detector=self._detector(detector))
+        self.system = initial_system(plan, seed=run.job.seed, before=self._before(before))
         if start is not None:
             load_weights(self.system, start.weights, subject=f"checkpoint of {start.phase}")
         self.trainer = Trainer(
@@ -236,12 +237,13 @@ class _PhaseRun:
         self.started_s = self.posted_s = self.logged_s = time.monotonic()
         self.started_step = self.logged_step = self.trainer.step_number
 
-    def _detector(self, before: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
-        """The detector that the phase starts from: a file's, else that of the phase before."""
+    def _before(self, before: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
+        """The weights that the phase starts from: a file's detector, else the phase before."""
         if self.plan.phase.detector_weights is None:
             return before
         path = local_copy(self.plan.phase.detector_weights)
-        return weights_file.load_detector(path, config=self.plan.phase.model.detector)
+        config: Part = getattr(self.plan.phase.model, "detector")  # noqa: B009 - not every model's
+        return weights_file.load_detector(path, config=config)
 
     def _shown(self) -> Batch | None:
         if not self.first:

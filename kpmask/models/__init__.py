@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kpmask.config import FommModel, KeypointMaskModel
+from kpmask.model_config import (
+    AnyModel,
+    FommModel,
+    KeypointMaskModel,
+    KpmaskPlusModel,
+    MonkeyNetModel,
+    RefinedMaskModel,
+)
 
 if TYPE_CHECKING:
     from kpmask.models.base import AnimationSystem
@@ -12,16 +19,33 @@ if TYPE_CHECKING:
 __all__ = ["build_system"]
 
 
-def build_system(config: FommModel | KeypointMaskModel) -> AnimationSystem[Any, Any]:
+def build_system(config: AnyModel) -> AnimationSystem[Any, Any]:
     """A system with fresh weights, drawn from torch's global random state.
 
     Raises:
         ConfigError: the settings leave a network without pixels.
     """
     # The losses use the layers of this package, and the systems use the losses.
-    from kpmask.models.fomm import FommSystem
-    from kpmask.models.keypoint_mask import CirclesSystem, KeypointMaskSystem
-
     if isinstance(config, FommModel):
+        from kpmask.models.fomm import FommSystem
+
         return FommSystem(config)
-    return CirclesSystem(config) if config.mask == "circles" else KeypointMaskSystem(config)
+    if isinstance(config, KeypointMaskModel):
+        from kpmask.models.keypoint_mask import CirclesSystem, KeypointMaskSystem
+
+        return CirclesSystem(config) if config.mask == "circles" else KeypointMaskSystem(config)
+    if isinstance(config, RefinedMaskModel):
+        from kpmask.models.refined_mask import RefinedMaskSystem
+
+        return RefinedMaskSystem(config)
+    if isinstance(config, MonkeyNetModel):
+        from kpmask.models.monkey_net import MonkeyNetSystem
+
+        return MonkeyNetSystem(config)
+    if isinstance(config, KpmaskPlusModel):
+        from kpmask.models.kpmask_plus import KpmaskPlusSystem
+
+        return KpmaskPlusSystem(config)
+    from kpmask.models.x2face import X2FaceSystem
+
+    return X2FaceSystem(config)

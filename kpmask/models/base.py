@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, ClassVar, Generic, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from kpmask.config import FommModel, KeypointMaskModel, Losses
+from kpmask.config import Losses
 from kpmask.errors import ConfigError
+from kpmask.model_config import AnyModel
 from kpmask.records import Motion
 
 if TYPE_CHECKING:
@@ -76,10 +77,14 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Batch:
-    """Frame pairs of the same video: draw `driving_BCHW` from `source_BCHW`."""
+    """Frame pairs of the same video: draw `driving_BCHW` from `source_BCHW`.
+
+    `epoch` is how many epochs of the phase lie behind: for losses that begin later.
+    """
 
     source_BCHW: Tensor
     driving_BCHW: Tensor
+    epoch: float = 0.0
 
     def __post_init__(self) -> None:
         if self.source_BCHW.shape != self.driving_BCHW.shape:
@@ -131,7 +136,7 @@ class AnimationSystem(nn.Module, ABC, Generic[S, D]):
     """One way to animate. `motions` names the ways of motion transfer that it supports."""
 
     motions: ClassVar[frozenset[Motion]] = frozenset({"absolute"})
-    config: FommModel | KeypointMaskModel
+    config: AnyModel
     _objective: Objective | None = None
 
     @property

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kpmask.config import DenseMotion as DenseMotionConfig
-from kpmask.config import FommGenerator as GeneratorConfig
-from kpmask.config import FommModel
 from kpmask.losses import RandomWarp, equivariance_jacobian, equivariance_value
+from kpmask.model_config import DenseMotion as DenseMotionConfig
+from kpmask.model_config import FommGenerator as GeneratorConfig
+from kpmask.model_config import FommModel
 from kpmask.models.base import AnimationSystem, Batch, LossTerms, Prediction, State
 from kpmask.models.keypoint_detector import KeypointDetector, Keypoints
 from kpmask.models.layers import (

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kpmask.config import KeypointDetector as DetectorConfig
 from kpmask.errors import ConfigError
+from kpmask.model_config import KeypointDetector as DetectorConfig
 from kpmask.models.layers import AntiAlias, Hourglass, coordinate_grid, spatial_mean, widened
 
 HEAD_KERNEL_PX = 7

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kpmask.config import Hourglass as HourglassConfig
-from kpmask.config import KeypointMaskModel
-from kpmask.config import LowResolution as LowResolutionConfig
+from kpmask.model_config import Hourglass as HourglassConfig
+from kpmask.model_config import KeypointMaskModel
+from kpmask.model_config import LowResolution as LowResolutionConfig
 from kpmask.models.base import AnimationSystem, Batch, LossTerms, Prediction, State
 from kpmask.models.keypoint_detector import KeypointDetector
 from kpmask.models.layers import (

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kpmask.config import Hourglass as HourglassConfig
+from kpmask.model_config import Hourglass as HourglassConfig
 
 
 class SameBlock(nn.Module):

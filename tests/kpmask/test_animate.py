@@ -13,7 +13,8 @@ from scipy.spatial import ConvexHull
 
 from kpmask import Animator, checkpoint
 from kpmask.animate import Transfer, best_frame, choose_device, fit_square, state_tensors, to_tensor
-from kpmask.config import (
+from kpmask.errors import CheckpointError, ConfigError
+from kpmask.model_config import (
     DenseMotion,
     FommGenerator,
     FommModel,
@@ -22,7 +23,6 @@ from kpmask.config import (
     KeypointMaskModel,
     LowResolution,
 )
-from kpmask.errors import CheckpointError, ConfigError
 from kpmask.models import build_system
 
 SIDE_PX = 32

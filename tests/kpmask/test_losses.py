@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kpmask.config import (
+from kpmask.config import Losses
+from kpmask.errors import ConfigError
+from kpmask.losses import PerceptualLoss, RandomWarp, equivariance_jacobian, equivariance_value
+from kpmask.model_config import (
     DenseMotion,
     FommGenerator,
     FommModel,
     Hourglass,
     KeypointDetector,
     KeypointMaskModel,
-    Losses,
     LowResolution,
 )
-from kpmask.errors import ConfigError
-from kpmask.losses import PerceptualLoss, RandomWarp, equivariance_jacobian, equivariance_value
 from kpmask.models import build_system
 from kpmask.models.base import Batch
 from kpmask.models.layers import gaussian_kernel

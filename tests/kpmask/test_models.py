@@ -14,18 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kpmask.config import (
+from kpmask.config import Losses
+from kpmask.errors import ConfigError
+from kpmask.losses import PerceptualLoss
+from kpmask.model_config import (
     DenseMotion,
     FommGenerator,
     FommModel,
     Hourglass,
     KeypointDetector,
     KeypointMaskModel,
-    Losses,
     LowResolution,
 )
-from kpmask.errors import ConfigError
-from kpmask.losses import PerceptualLoss
 from kpmask.models import build_system, layers
 from kpmask.models.base import AnimationSystem, Batch
 from kpmask.models.fomm import FommDriving, FommSource, FommSystem

@@ -160,7 +160,7 @@ def test_the_detector_comes_from_the_phase_before_and_stays() -> None:
     for batch in batches(2):
         taught.step(batch)
     detector = weights(taught.system.get_submodule("detector"))
-    ours = trainer(second, detector=detector)
+    ours = trainer(second, before=taught.system.state_dict())
     start = weights(ours.system)
     for batch in batches(3):
         ours.step(batch)
@@ -174,7 +174,7 @@ def test_a_detector_that_does_not_fit_is_refused() -> None:
     detector = weights(initial_system(first, seed=0).get_submodule("detector"))
     detector["kp.weight"] = detector["kp.weight"][:2]
     with pytest.raises(CheckpointError, match=r"kp\.weight") as error:
-        trainer(second, detector=detector)
+        trainer(second, before=taught.system.state_dict())
     assert error.value.code == "checkpoint_mismatch"
 
 

@@ -13,7 +13,8 @@ import yaml
 from torch import Tensor
 
 from kpmask import checkpoint
-from kpmask.config import (
+from kpmask.errors import CheckpointError, ConfigError
+from kpmask.model_config import (
     DenseMotion,
     FommGenerator,
     FommModel,
@@ -22,7 +23,6 @@ from kpmask.config import (
     KeypointMaskModel,
     LowResolution,
 )
-from kpmask.errors import CheckpointError, ConfigError
 from kpmask.models import build_system
 from kpmask.upstream import export_upstream, import_checkpoint, import_upstream
 

@@ -22,19 +22,12 @@ import pytest
 import torch
 
 from kpmask import Animator, checkpoint
-from kpmask.config import (
-    AnimateJob,
-    Cluster,
-    Hourglass,
-    KeypointDetector,
-    KeypointMaskModel,
-    LowResolution,
-    MediaLimits,
-)
+from kpmask.config import AnimateJob, Cluster, MediaLimits
 from kpmask.errors import ConfigError, MediaError, RunFailed, StorageError
 from kpmask.media import decode, images
 from kpmask.media.encode import encode
 from kpmask.media.probe import probe
+from kpmask.model_config import Hourglass, KeypointDetector, KeypointMaskModel, LowResolution
 from kpmask.models import build_system
 from kpmask.records import AnimationRecord, Failure, Progress, from_table
 from tasks.animate import animate_catalog, animate_pair, plan

@@ -12,20 +12,13 @@ import pytest
 import torch
 
 from kpmask import Animator, checkpoint
-from kpmask.config import (
-    Cluster,
-    EvaluateJob,
-    Hourglass,
-    KeypointDetector,
-    KeypointMaskModel,
-    LowResolution,
-    MediaLimits,
-)
+from kpmask.config import Cluster, EvaluateJob, MediaLimits
 from kpmask.data.dataset import Dataset
 from kpmask.data.shards import ShardWriter
 from kpmask.errors import CheckpointError, ConfigError, DatasetError, MediaError, RunFailed
 from kpmask.media import images
 from kpmask.media.encode import encode
+from kpmask.model_config import Hourglass, KeypointDetector, KeypointMaskModel, LowResolution
 from kpmask.models import build_system
 from kpmask.records import (
     ClipRecord,
