@@ -174,7 +174,7 @@ def test_a_detector_that_does_not_fit_is_refused() -> None:
     detector = weights(initial_system(first, seed=0).get_submodule("detector"))
     detector["kp.weight"] = detector["kp.weight"][:2]
     with pytest.raises(CheckpointError, match=r"kp\.weight") as error:
-        trainer(second, before=taught.system.state_dict())
+        trainer(second, before={f"detector.{key}": value for key, value in detector.items()})
     assert error.value.code == "checkpoint_mismatch"
 
 
