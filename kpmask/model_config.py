@@ -75,7 +75,7 @@ class Discriminator(Part):
     """
 
     block_expansion: PositiveInt = 32
-    num_blocks: PositiveInt = 4
+    num_blocks: Annotated[int, Field(gt=0, le=16)] = 4  # each takes 3 px, then halves the side
     max_features: PositiveInt = 512
     spectral_norm: bool = False  # true in FOMM's vox, bair, mgif and nemo settings
     use_keypoints: bool = False  # it also sees Gaussians at the driving keypoints
@@ -167,6 +167,15 @@ class Perturbation(Part):
     noise: Weight = 20.0  # rate of the random-sign Poisson noise, on 0 to 255
 
 
+class ColourChange(Part):
+    """How far factors of brightness, contrast and saturation are from 1, and hues from 0."""
+
+    brightness: Fraction = 0.1
+    contrast: Fraction = 0.1
+    saturation: Fraction = 0.1
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1  # of a full turn
+
+
 Ablation = Literal["none", "no_pert", "no_ref", "no_id"]
 
 
@@ -179,6 +188,8 @@ class RefinedMaskModel(Part):
     refinement: EncoderDecoder = EncoderDecoder(block_expansion=64)
     refinement_temperature: Annotated[float, Field(gt=0)] = 0.1
     perturbation: Perturbation = Perturbation()
+    # Paper 003's A: in training the mask network sees the driver in other colours than are drawn.
+    driving_colours: ColourChange = ColourChange()
     low_resolution: LowResolution = LowResolution()
     high_resolution: Hourglass = Hourglass()
     # What animation leaves out: P (no_pert), the refinement (no_ref), both (no_id).
@@ -208,6 +219,7 @@ class MonkeyMotion(Hourglass):
     """Monkey-Net's dense motion network: a mask a keypoint, and a residual flow."""
 
     block_expansion: PositiveInt = 32
+    max_features: PositiveInt = 512
     num_group_blocks: Annotated[int, Field(ge=0)] = 2
     background_bias: float = 2.0
     scale_factor: Scale = 1.0
@@ -217,6 +229,7 @@ class MonkeyGenerator(Hourglass):
     """Monkey-Net's generator: a U-Net whose skips are warped, then residual blocks."""
 
     block_expansion: PositiveInt = 32
+    max_features: PositiveInt = 512
     num_refinement_blocks: PositiveInt = 4
 
 
@@ -249,12 +262,13 @@ class X2FaceModel(Part):
     max_features: PositiveInt = 512
     num_blocks: PositiveInt | None = None  # None: down to one pixel, log2 of the side
     driving_features: PositiveInt = 128  # the driver's bottleneck
+    align_corners: bool = True
 
     @model_validator(mode="after")
     def _sides_divide(self) -> X2FaceModel:
         if self.num_blocks is None:
-            if self.image_size_px & (self.image_size_px - 1):
-                raise ValueError(f"image_size_px {self.image_size_px} is no power of 2")
+            if self.image_size_px < 2 or self.image_size_px & (self.image_size_px - 1):
+                raise ValueError(f"image_size_px {self.image_size_px} is no power of 2 above 1")
         else:
             _check_side(self.image_size_px, 1.0, self.num_blocks)
         return self

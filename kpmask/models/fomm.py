@@ -4,6 +4,7 @@
   backward flow and an occlusion map.
 - The generator encodes the source, warps its features by the flow, hides what was occluded and
   draws the frame. The encoder depends on the source alone, so it runs once per image.
+- A discriminator, where the settings have one, judges the frames in training.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kpmask.losses import RandomWarp, equivariance_jacobian, equivariance_value
+from kpmask.config import Losses
+from kpmask.losses import PerceptualLoss, RandomWarp, equivariance_jacobian, equivariance_value
 from kpmask.model_config import DenseMotion as DenseMotionConfig
 from kpmask.model_config import FommGenerator as GeneratorConfig
 from kpmask.model_config import FommModel
 from kpmask.models.base import AnimationSystem, Batch, LossTerms, Prediction, State
+from kpmask.models.discriminator import PatchDiscriminator, adversarial_terms
 from kpmask.models.keypoint_detector import KeypointDetector, Keypoints
 from kpmask.models.layers import (
     AntiAlias,
@@ -205,6 +208,18 @@ class FommSystem(AnimationSystem[FommSource, FommDriving]):
             num_keypoints=config.detector.num_keypoints,
             align_corners=config.align_corners,
         )
+        # Last, so that the rest begins with the same weights without it.
+        self.discriminator: PatchDiscriminator | None = None
+        if config.discriminator is not None:
+            self.discriminator = PatchDiscriminator(
+                config.discriminator, num_keypoints=config.detector.num_keypoints
+            )
+            self.discriminator.map_side_px(config.image_size_px)
+
+    def set_losses(self, losses: Losses, perceptual: PerceptualLoss | None) -> None:
+        if self.discriminator is not None:
+            self.discriminator.check_losses(losses)
+        super().set_losses(losses, perceptual)
 
     def encode_source(self, source_BCHW: Tensor) -> FommSource:
         return self._source(source_BCHW, self.detector(source_BCHW))
@@ -245,7 +260,16 @@ class FommSystem(AnimationSystem[FommSource, FommDriving]):
         driving = self.encode_driving(batch.driving_BCHW)
         prediction = self.render(source, driving)
         images = self.objective.image_terms({"": prediction.image_BCHW}, batch.driving_BCHW)
-        return LossTerms({**images.terms, **self._equivariance(batch.driving_BCHW, driving)})
+        terms = {**images.terms, **self._equivariance(batch.driving_BCHW, driving)}
+        if self.discriminator is not None:
+            terms |= adversarial_terms(
+                self.discriminator,
+                prediction.image_BCHW,
+                batch.driving_BCHW,
+                driving.points_BK2,
+                self.objective.losses,
+            )
+        return LossTerms(terms)
 
     def _equivariance(self, driving_BCHW: Tensor, driving: FommDriving) -> dict[str, Tensor]:
         losses = self.objective.losses
