@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from kpmask.config import Perceptual
 from kpmask.errors import CheckpointError
-from kpmask.weights import PublishedFile, cache_folder, fetch, read_torch_file
+from kpmask.pretrained import PublishedFile, cache_folder, fetch, read_torch_file
 
 VGG19_FILE = PublishedFile(
     url="https://download.pytorch.org/models/vgg19-dcbb9e9d.pth",

@@ -25,8 +25,8 @@ from kpmask.model_config import FommModel, KeypointMaskModel
 from kpmask.models import build_system
 from kpmask.models.base import AnimationSystem
 from kpmask.models.layers import DownBlock
+from kpmask.pretrained import read_torch_file
 from kpmask.upstream_yaml import merge, read_yaml
-from kpmask.weights import read_torch_file
 
 Tensors = Mapping[str, Tensor]
 

@@ -19,7 +19,7 @@ import torch
 from kpmask import perceptual
 from kpmask.errors import CheckpointError
 from kpmask.perceptual import load_perceptual
-from kpmask.weights import PublishedFile, cache_folder, fetch, read_torch_file
+from kpmask.pretrained import PublishedFile, cache_folder, fetch, read_torch_file
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
