@@ -2,9 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+
+from kpmask.config import TrainSettings
+
+Precision = Literal["float32", "bfloat16"]
 
 
 def gpu_names() -> list[str]:
     """The name of every CUDA device; empty without one."""
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def training_precision(settings: TrainSettings, device: torch.device | str) -> Precision:
+    """What convolutions are computed in while training on `device`.
+
+    `auto` is bfloat16 where the device has instructions for it. Elsewhere it would be emulated,
+    which is slower than float32.
+    """
+    if settings.precision != "auto":
+        return settings.precision
+    return "bfloat16" if _has_bfloat16(torch.device(device).type) else "float32"
+
+
+def _has_bfloat16(device_type: str) -> bool:
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device_type == "cpu":
+        there = torch.cpu.get_capabilities()
+        return bool(there.get("avx512_bf16") or there.get("amx_bf16"))
+    return False

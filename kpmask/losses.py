@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from kpmask.config import Losses
 from kpmask.errors import ConfigError
-from kpmask.models.layers import AntiAlias, coordinate_grid, inverse, product, transform
+from kpmask.models.layers import AntiAlias, coordinate_grid, inverse, product, transform, widened
 from kpmask.perceptual import PerceptualFeatures
 
 
@@ -46,7 +46,8 @@ class PerceptualLoss(nn.Module):
     def distance(self, generated_BCHW: Tensor, target: Sequence[Tensor]) -> Tensor:
         """The loss of an image against the features of the real one."""
         pairs = zip(self.features(generated_BCHW), target, strict=True)
-        return torch.stack([(g - t.detach()).abs().mean() for g, t in pairs]).sum()
+        differences = (widened(g) - widened(t.detach()) for g, t in pairs)
+        return torch.stack([difference.abs().mean() for difference in differences]).sum()
 
     def forward(self, generated_BCHW: Tensor, real_BCHW: Tensor) -> Tensor:
         return self.distance(generated_BCHW, self.features(real_BCHW))

@@ -183,6 +183,7 @@ class RunManifest:
     num_steps: int
     final_loss: float
     weights_sha256: str
+    precision: str = "float32"  # of the convolutions
 
 
 # --- animate ---------------------------------------------------------------------------------
@@ -356,6 +357,107 @@ class ScoreTable:
     num_failures: int
     metrics: tuple[MetricInfo, ...]
     summaries: tuple[ScoreSummary, ...]
+
+
+# --- compare ---------------------------------------------------------------------------------
+
+# reconstruction: a clip from its own first frame. The others: a source moved by another identity's
+# video, in the video's poses or by its motion.
+Protocol = Literal["reconstruction", "cross-absolute", "cross-relative"]
+# model: what a system drew. Beside it, what needs none: the source repeated (copy), the source's
+# own video (source) and the driving video itself (driving).
+ComparedMethod = Literal["model", "copy", "source", "driving"]
+
+
+@dataclass(frozen=True, slots=True)
+class ComparedScore:
+    """One metric of one video (or pair of videos: `clip_id` names both).
+
+    `system`, `seed` and `variant` are empty, 0 and empty for what no system drew; `variant` is
+    the ablation that a system was under, else empty.
+    """
+
+    protocol: Protocol
+    system: str
+    seed: int
+    variant: str
+    clip_id: str
+    name: str
+    metric: str
+    method: ComparedMethod
+    value: float
+    num_frames: int
+
+
+@dataclass(frozen=True, slots=True)
+class ComparedRun:
+    """What a run of a comparison cost; `seconds` are of its steps, as its metrics tell."""
+
+    system: str
+    seed: int
+    uri: str
+    steps: int
+    seconds: float
+    num_parameters: int
+    weights_sha256: str
+
+    @property
+    def seconds_per_step(self) -> float:
+        return self.seconds / self.steps
+
+
+@dataclass(frozen=True, slots=True)
+class ComparedValue:
+    """One metric of a row: mean and spread over videos, of which each is the mean of its seeds.
+
+    Attributes:
+        seed_std: spread of the seeds' means; None with one seed.
+        margin_percent: how much better than the baseline, in percent of the baseline's mean;
+            None for the baseline and where it has none.
+        margin_low, margin_high: the 95 % interval of the margin, bootstrapped over videos.
+    """
+
+    metric: str
+    mean: float
+    std: float
+    num_videos: int
+    seed_std: float | None = None
+    margin_percent: float | None = None
+    margin_low: float | None = None
+    margin_high: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ComparedRow:
+    """A row of a comparison's table; `system` and `variant` as in `ComparedScore`."""
+
+    protocol: Protocol
+    system: str
+    variant: str
+    method: ComparedMethod
+    values: tuple[ComparedValue, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What a comparison found; its `comparison.json`. `num_runs_left` are not scored yet."""
+
+    uri: str
+    settings_digest: str
+    dataset_id: str
+    budget: str
+    batch_size: int
+    perceptual: str
+    device: str
+    precision: str
+    baseline: str
+    num_train_clips: int
+    test_clips: tuple[str, ...]
+    held_out: bool
+    num_runs_left: int
+    metrics: tuple[MetricInfo, ...]
+    runs: tuple[ComparedRun, ...]
+    rows: tuple[ComparedRow, ...]
 
 
 # --- every job -------------------------------------------------------------------------------

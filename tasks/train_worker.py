@@ -23,6 +23,7 @@ from kpmask import checkpoint as weights_file
 from kpmask.config import TrainJob
 from kpmask.data.loader import BatchLoader
 from kpmask.data.pairs import PairSampler
+from kpmask.device import Precision, training_precision
 from kpmask.errors import ConfigError
 from kpmask.model_config import Part
 from kpmask.models.base import Batch
@@ -96,7 +97,8 @@ def run_worker(job: TrainJob, worker: Worker, line: Line) -> bool:
     folder = RunFolder.of(job, data.dataset_id)
     features = load_perceptual(job.perceptual, job.perceptual_weights)
     if worker.rank == 0:
-        log.info("perceptual features: %s", job.perceptual)
+        precision = training_precision(job, worker.device)
+        log.info("perceptual features: %s; convolutions in %s", job.perceptual, precision)
     return _Run(job, data, folder, worker, line, features).phases()
 
 
@@ -111,6 +113,10 @@ class _Run:
     line: Line
     features: PerceptualFeatures | None
     metrics: list[StepMetrics] = field(default_factory=list)
+
+    @property
+    def precision(self) -> Precision:
+        return training_precision(self.job, self.worker.device)
 
     def phases(self) -> bool:
         """Every phase in turn, then the result."""
@@ -128,7 +134,7 @@ class _Run:
             phase = _PhaseRun(self, plan, sampler, start, before)
             if not phase.train():
                 return False
-            system = phase.system
+            system = phase.trainer.result
             before = system.state_dict()
         assert system is not None
         if self.worker.rank == 0:
@@ -181,6 +187,7 @@ class _Run:
                 for p in self.plans
             ],
             "perceptual": self.job.perceptual,
+            "precision": self.precision,
             "seed": self.job.seed,
             "image_size_px": self.plans[-1].phase.model.image_size_px,
         }
@@ -206,6 +213,7 @@ class _Run:
             num_steps=sum(plan.num_steps for plan in self.plans),
             final_loss=self.metrics[-1].loss,
             weights_sha256=sha256,
+            precision=self.precision,
         )
         self.write_report(manifest)
         write_json(self.folder.store, train_folder.MANIFEST, manifest)
@@ -228,7 +236,12 @@ class _PhaseRun:
         if start is not None:
             load_weights(self.system, start.weights, subject=f"checkpoint of {start.phase}")
         self.trainer = Trainer(
-            plan, self.system, features=run.features, seed=run.job.seed, worker=run.worker
+            plan,
+            self.system,
+            features=run.features,
+            seed=run.job.seed,
+            worker=run.worker,
+            precision=run.precision,
         )
         if start is not None:
             self.trainer.load_state_dict(start.trainer)
@@ -268,7 +281,7 @@ class _PhaseRun:
         self._save()
         if done and self.first and plan is not self.run.plans[-1]:
             key = f"{train_folder.PHASES}/{plan.phase.name}.safetensors"
-            self.run.publish_weights(key, self.system)
+            self.run.publish_weights(key, trainer.result)
         return done
 
     def _after_step(self, result: StepResult) -> bool:
@@ -303,7 +316,7 @@ class _PhaseRun:
     def _write_samples(self) -> None:
         assert self.shown is not None
         name = f"{self.plan.phase.name}-step-{self.trainer.step_number:06d}.png"
-        strip = png_bytes(sample_strip(self.system, self.shown))
+        strip = png_bytes(sample_strip(self.trainer.result, self.shown))
         self.run.folder.store.put(f"{train_folder.SAMPLES}/{name}", strip)
 
     def _save(self) -> None:
