@@ -397,7 +397,8 @@ def checkpoint_import(
     src: Annotated[Path, typer.Argument(help="An original .pth.tar file.")],
     out: Annotated[Path, typer.Option("--out", help="The weights file to write.")],
     system: Annotated[
-        str | None, typer.Option(help="fomm or keypoint-mask; default: by what the file holds.")
+        str | None,
+        typer.Option(help="fomm, keypoint-mask or refined-mask; default: by what the file holds."),
     ] = None,
     config_file: Annotated[
         Path | None, typer.Option("--config", help="The original YAML configuration.")
@@ -409,7 +410,7 @@ def checkpoint_import(
         str | None, typer.Option(help="heatmap, circles or softmax; default: by the config.")
     ] = None,
 ) -> None:
-    """Read an original FOMM or keypoint-mask checkpoint; refuse anything left over or missing.
+    """Read an original FOMM, keypoint-mask or refined-mask checkpoint, whole or not at all.
 
     Examples:
 

@@ -1,7 +1,7 @@
-"""Checkpoints of the original code: FOMM's layout and the keypoint-mask code's, in and out.
+"""Checkpoints of the original code: FOMM's layout, the keypoint mask's, the refined mask's.
 
-- A file is a `torch.save` dictionary of sections; two of them, `kp_detector` and `generator`, hold
-  weights. The others (discriminator, optimisers, epoch) are left behind.
+- A file is a `torch.save` dictionary of sections; two of them, `generator` and `kp_detector` (or
+  `mask_generator`), hold weights. The others (discriminator, optimisers, epoch) are left behind.
 - The settings are not in the file. Widths and depths follow from the tensors' shapes; the rest is
   as published, or as the original YAML says.
 - Every tensor must have its place here, and every place its tensor; else the file is refused with
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from kpmask import checkpoint
 from kpmask.config import validated
 from kpmask.errors import CheckpointError, ConfigError
-from kpmask.model_config import FommModel, KeypointMaskModel
+from kpmask.model_config import AnyModel, FommModel, KeypointMaskModel, RefinedMaskModel
 from kpmask.models import build_system
 from kpmask.models.base import AnimationSystem
 from kpmask.models.layers import DownBlock
@@ -42,20 +42,39 @@ KEYPOINT_MASK_NAMES = {
     "high_resolution.hourglass": "generator.hourglass",
     "high_resolution.final": "generator.final_hourglass",
 }
-# The keypoint-mask code builds, saves and loads these, and never calls them.
+REFINED_MASK_NAMES = {
+    "mask_generator": "mask_generator",
+    "refinement.predictor": "generator.mask_fix_net",
+    "refinement.ref": "generator.ref",
+    **{k: v for k, v in KEYPOINT_MASK_NAMES.items() if k.startswith(("low_", "high_"))},
+}
+NAMES = {
+    "fomm": FOMM_NAMES,
+    "keypoint-mask": KEYPOINT_MASK_NAMES,
+    "refined-mask": REFINED_MASK_NAMES,
+}
+# The code of both mask systems builds, saves and loads these, and never calls them.
 DEAD_BLOCKS = "generator.down_blocks"
+# The second stage's input: source, its mask, the first stage's frame, the driver's mask in the
+# refined mask's code; the last two the other way round here and in the keypoint mask's.
+SECOND_STAGE_ORDER = (0, 1, 2, 3, 7, 4, 5, 6)  # ours, by their numbers
+SECOND_STAGE_INPUTS = frozenset(
+    {"high_resolution.hourglass.encoder.down_blocks.0.conv.weight", "high_resolution.final.weight"}
+)
 
-WEIGHTS = ("kp_detector", "generator")
+WEIGHTS = ("kp_detector", "mask_generator", "generator")
 OTHER_SECTIONS = frozenset(
     {
         "discriminator",
         "optimizer_generator",
         "optimizer_discriminator",
         "optimizer_kp_detector",
+        "optimizer_mask_generator",
         "epoch",
     }
 )
-SYSTEMS = ("fomm", "keypoint-mask")
+MODELS = {"fomm": FommModel, "keypoint-mask": KeypointMaskModel, "refined-mask": RefinedMaskModel}
+SYSTEMS = tuple(MODELS)
 MASKS = get_args(KeypointMaskModel.model_fields["mask"].annotation)
 
 
@@ -90,10 +109,11 @@ def import_upstream(
 
     Args:
         src: a `.pth.tar` file.
-        system: `fomm` or `keypoint-mask`; by default what the file holds.
+        system: `fomm`, `keypoint-mask` or `refined-mask`; by default what the file holds.
         config: the original YAML configuration. It overrides what the shapes say, so that a
-            configuration of another model is refused.
-        kp_detector: take the detector from this file instead, of either layout.
+            configuration of another model is refused. A refined mask's is not read: its shapes say
+            all but the settings of P, which are those of its Tai-Chi model.
+        kp_detector: take the detector from this file instead, of either layout that has one.
         mask: `heatmap`, `circles` or `softmax`; by default the configuration's, else heatmap.
 
     Raises:
@@ -113,8 +133,7 @@ def import_upstream(
             subject=str(src),
             code="checkpoint_mismatch",
         )
-    if mask is not None and found == "fomm":
-        raise ConfigError("a fomm checkpoint has no mask", subject="--mask")
+    _check_fitting(found, config=config, kp_detector=kp_detector, mask=mask)
     settings = _inferred(found, tensors, src)
     if config is not None:
         merge(settings, read_yaml(config, found))
@@ -125,18 +144,33 @@ def import_upstream(
 
 def export_upstream(system: AnimationSystem[Any, Any]) -> dict[str, Any]:
     """The weights in the original layout, ready for `torch.save`."""
-    sections: dict[str, Any] = {"generator": {}, "kp_detector": {}, "epoch": 0}
-    tensors = {_their_name(key, system): value for key, value in system.state_dict().items()}
+    sections: dict[str, Any] = {"epoch": 0}
+    tensors = {
+        _their_name(key, system): _reordered(value, key, system, imported=False)
+        for key, value in system.state_dict().items()
+    }
     tensors |= {key: torch.zeros_like(t, device="cpu") for key, t in _dead_tensors(system).items()}
     for name, value in tensors.items():
         section, _, key = name.partition(".")
-        sections[section][key] = value.detach().cpu()
+        sections.setdefault(section, {})[key] = value.detach().cpu()
     return sections
 
 
 def _check_choice(option: str, value: str | None, allowed: tuple[str, ...]) -> None:
     if value is not None and value not in allowed:
         raise ConfigError(f"{value!r} is not one of {', '.join(allowed)}", subject=option)
+
+
+def _check_fitting(
+    found: str, *, config: Path | None, kp_detector: Path | None, mask: str | None
+) -> None:
+    """Refuse options that mean nothing with the file's system."""
+    if mask is not None and found != "keypoint-mask":
+        raise ConfigError(f"a {found} checkpoint has no mask to choose", subject="--mask")
+    if found == "refined-mask" and kp_detector is not None:
+        raise ConfigError("a refined-mask checkpoint has no detector", subject="--kp-detector")
+    if found == "refined-mask" and config is not None:
+        raise ConfigError("a refined-mask configuration is not read", subject="--config")
 
 
 # --- reading ---------------------------------------------------------------------------------
@@ -147,10 +181,6 @@ def _sections(path: Path) -> dict[str, Tensors]:
     document = read_torch_file(path)
     if not isinstance(document, Mapping) or not all(isinstance(key, str) for key in document):
         raise CheckpointError("not a dictionary of sections", subject=str(path))
-    if "mask_generator" in document:
-        raise CheckpointError(
-            "a refined-masking checkpoint; no such system here", subject=str(path)
-        )
     unknown = sorted(set(document) - set(WEIGHTS) - OTHER_SECTIONS)
     if unknown:
         raise CheckpointError(
@@ -169,6 +199,8 @@ def _tensors(section: object, name: str, path: Path) -> Tensors:
 
 
 def _system_of(tensors: Tensors, src: Path) -> str:
+    if any(key.startswith("mask_generator.") for key in tensors):
+        return "refined-mask"
     if not any(key.startswith("kp_detector.") for key in tensors):
         raise CheckpointError(
             "has no kp_detector",
@@ -247,6 +279,8 @@ class _Shapes:
 
 def _inferred(system: str, tensors: Tensors, src: Path) -> dict[str, Any]:
     shapes = _Shapes(tensors, src)
+    if system == "refined-mask":
+        return {"system": system} | _refined_mask(shapes)
     settings = {"system": system, "detector": _detector(shapes)}
     return settings | (_fomm(shapes) if system == "fomm" else _keypoint_mask(shapes))
 
@@ -298,15 +332,20 @@ def _keypoint_mask(shapes: _Shapes) -> dict[str, Any]:
     }
 
 
+def _refined_mask(shapes: _Shapes) -> dict[str, Any]:
+    return _keypoint_mask(shapes) | {
+        "mask": shapes.hourglass("mask_generator.predictor")
+        | {"scale_factor": shapes.scale("mask_generator.down")},
+        "refinement": shapes.hourglass("generator.mask_fix_net"),
+    }
+
+
 # --- weights ---------------------------------------------------------------------------------
 
 
 def _built(settings: dict[str, Any], tensors: Tensors, src: Path) -> AnimationSystem[Any, Any]:
-    is_fomm = settings["system"] == "fomm"
     try:
-        config = (
-            validated(FommModel, settings) if is_fomm else validated(KeypointMaskModel, settings)
-        )
+        config: AnyModel = validated(MODELS[settings["system"]], settings)
         with torch.device("meta"):
             system = build_system(config)
     except ConfigError as error:
@@ -322,21 +361,36 @@ def _built(settings: dict[str, Any], tensors: Tensors, src: Path) -> AnimationSy
         {key: tuple(value.shape) for key, value in (wanted | _dead_tensors(system)).items()},
         subject=str(src),
     )
-    checkpoint.fill(
-        system, {ours: tensors[theirs] for theirs, ours in places.items()}, subject=str(src)
-    )
+    values = {
+        ours: _reordered(tensors[theirs], ours, system, imported=True)
+        for theirs, ours in places.items()
+    }
+    checkpoint.fill(system, values, subject=str(src))
     return system.eval()
 
 
 def _their_name(key: str, system: AnimationSystem[Any, Any]) -> str:
-    names = FOMM_NAMES if isinstance(system.config, FommModel) else KEYPOINT_MASK_NAMES
+    names = NAMES[system.config.system]
     ours = next(module for module in names if key.startswith(f"{module}."))
     return names[ours] + key.removeprefix(ours)
 
 
+def _reordered(
+    value: Tensor, key: str, system: AnimationSystem[Any, Any], *, imported: bool
+) -> Tensor:
+    """A weight of our name `key` with its input channels in our order, or back in theirs."""
+    if not isinstance(system.config, RefinedMaskModel) or key not in SECOND_STAGE_INPUTS:
+        return value
+    order = torch.tensor(SECOND_STAGE_ORDER)
+    order = order if imported else order.argsort()
+    # The last convolution sees features, then the input again.
+    seen = value.shape[1] - len(order)
+    return value.index_select(1, torch.cat([torch.arange(seen), order + seen]).to(value.device))
+
+
 def _dead_tensors(system: AnimationSystem[Any, Any]) -> dict[str, Tensor]:
     """Tensors of the original layout that nothing here uses, without memory."""
-    if not isinstance(system.config, KeypointMaskModel):
+    if not isinstance(system.config, KeypointMaskModel | RefinedMaskModel):
         return {}
     low = system.config.low_resolution
     with torch.device("meta"):

@@ -74,6 +74,11 @@ def augment(batch: Batch, draws: Sequence[Draw]) -> Batch:
     return Batch(source_BCHW=frames[:, 0], driving_BCHW=frames[:, 1])
 
 
+def recolour(image_BCHW: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """The colour change alone of draw b on image b; shares no memory with its input."""
+    return _jitter(image_BCHW[:, None].clone(), draws)[:, 0]
+
+
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1, 1)
 

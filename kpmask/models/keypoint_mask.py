@@ -74,13 +74,13 @@ def recoloured(image_BCHW: Tensor) -> Tensor:
 
 
 class LowResolutionStage(nn.Module):
-    """Small source and two masks -> frame of full size."""
+    """Small source and two masks -> frame of full size; `down` is what makes the source small."""
 
-    def __init__(self, config: LowResolutionConfig) -> None:
+    def __init__(self, config: LowResolutionConfig, *, down: nn.Module | None = None) -> None:
         super().__init__()
         width, num_up_blocks = config.block_expansion, config.num_up_blocks
         widest = width * 2**num_up_blocks
-        self.down = AntiAlias(3, config.scale_factor)
+        self.down = AntiAlias(3, config.scale_factor) if down is None else down
         self.first = SameBlock(5, widest, kernel_px=7)
         self.bottleneck = bottleneck(widest, config.num_bottleneck_blocks)
         self.up_blocks = nn.ModuleList(

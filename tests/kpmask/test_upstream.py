@@ -440,7 +440,6 @@ def changed(section: str, **tensors: Tensor | None) -> dict[str, Any]:
         (changed("generator", final__weight=torch.zeros(3)), "of another shape"),
         (changed("generator", source_first__weight=torch.zeros(3, 1, 13, 13)), "source_first"),
         (changed("kp_detector", down__weight=torch.zeros(3, 1, 4, 4)), "no scale's kernel"),
-        ({**keypoint_mask_file(), "mask_generator": {}}, "refined-masking"),
         ({**keypoint_mask_file(), "ema": {}}, "no known layout: ema"),
         ({"generator": {"a": torch.zeros(1)}, "kp_detector": detector()}, "neither FOMM's nor"),
         ({"generator": {"a": 3}, "kp_detector": {}}, "generator is not a dictionary of tensors"),
