@@ -220,6 +220,8 @@ class TrainJob(TrainSettings):
     data: str
     out: str
     phases: Annotated[tuple[Phase, ...], Field(min_length=1)]
+    # Of the training identities of a dataset that has no test clips: left out and validated on.
+    holdout_fraction: Fraction = 0.0
 
     @model_validator(mode="after")
     def _phases_fit(self) -> TrainJob:
@@ -323,6 +325,7 @@ class EvaluateJob(Part):
         "ssim",
     )
     partition: Literal["train", "test"] = "test"
+    holdout_fraction: Fraction = 0.0  # as the training had it
     max_clips: PositiveInt | None = None
     device: str = "auto"
     batch_size: PositiveInt = 8
@@ -344,10 +347,79 @@ class EvaluateJob(Part):
         return self
 
 
+# --- compare ---------------------------------------------------------------------------------
+
+
+class ComparedSystem(Part):
+    """A system under comparison, and the phases that train it."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]
+    phases: Annotated[tuple[Phase, ...], Field(min_length=1)]
+
+
+class CompareJob(Part):
+    """Train several systems on the same data with the same budget, and score them side by side."""
+
+    data: str
+    out: str
+    systems: Annotated[tuple[ComparedSystem, ...], Field(min_length=1)]
+    train: TrainSettings = TrainSettings()
+    # The budget of each system, all its phases together: steps, or minutes, of which a short
+    # measurement at the start makes steps. Neither: the phases' own lengths.
+    steps: PositiveInt | None = None
+    minutes: Annotated[float, Field(gt=0)] | None = None
+    batch_size: PositiveInt | None = None  # None: the phases' own, which must be the same
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
+    baseline: str = "fomm"  # whose scores margins are counted from
+    # Of the identities, where the dataset has no test clips.
+    holdout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    metrics: Annotated[tuple[MetricName, ...], Field(min_length=1)] = (
+        "l1",
+        "l1_with_first",
+        "l1_moving",
+        "ssim",
+    )
+    max_clips: PositiveInt | None = None
+    cross_pairs: Annotated[int, Field(ge=0)] = 24  # sources moved by another identity's video
+    cross_frames: PositiveInt = 64  # of each driving video, from its start
+    device: str = "auto"  # for training and scoring; auto: a GPU where there is one
+
+    @model_validator(mode="after")
+    def _comparable(self) -> CompareJob:
+        for what, values in (("systems", [s.name for s in self.systems]), ("seeds", self.seeds)):
+            if len(set(values)) != len(values):
+                raise ValueError(f"{what} repeat: {', '.join(map(str, values))}")
+        if self.steps is not None and self.minutes is not None:
+            raise ValueError("give steps or minutes, not both")
+        if self.train.num_workers != 1:
+            raise ValueError("a comparison trains with one worker: train.num_workers must be 1")
+        for system in self.systems:
+            _check_compared(system, self.steps)
+        phases = [phase for system in self.systems for phase in system.phases]
+        sizes = {phase.model.image_size_px for phase in phases}
+        if len(sizes) > 1:
+            raise ValueError(f"systems differ in image_size_px: {sorted(sizes)}")
+        batches = {phase.batch_size for phase in phases}
+        if len(batches) > 1 and self.batch_size is None:
+            raise ValueError(f"systems differ in batch_size ({sorted(batches)}): set batch_size")
+        return self
+
+
+def _check_compared(system: ComparedSystem, steps: int | None) -> None:
+    try:
+        check_phases(system.phases, num_workers=1)
+    except ValueError as error:
+        raise ValueError(f"system {system.name!r}: {error}") from None
+    if steps is not None and steps < len(system.phases):
+        raise ValueError(
+            f"steps {steps} are too few for the {len(system.phases)} phases of {system.name!r}"
+        )
+
+
 # --- presets and overrides -------------------------------------------------------------------
 
-JobName = Literal["preprocess", "train", "animate", "evaluate"]
-Job = PreprocessJob | TrainJob | AnimateJob | EvaluateJob
+JobName = Literal["preprocess", "train", "animate", "evaluate", "compare"]
+Job = PreprocessJob | TrainJob | AnimateJob | EvaluateJob | CompareJob
 J = TypeVar("J", bound=Part)
 
 JOB_TYPES: Mapping[str, type[Part]] = {
@@ -355,7 +427,9 @@ JOB_TYPES: Mapping[str, type[Part]] = {
     "train": TrainJob,
     "animate": AnimateJob,
     "evaluate": EvaluateJob,
+    "compare": CompareJob,
 }
+NOT_COMPARED = frozenset({"fomm-adv"})  # unless asked for: its budget would go into two trainings
 
 
 def preset_names() -> list[str]:
@@ -395,6 +469,18 @@ def load_preset(name: str, *, systems: Sequence[str] | None = None) -> dict[str,
     tables["compare"] = _merged(compared, tables.get("compare", {}))
     tables["train"] = {**train, "phases": phases[chosen[0]]}
     return _checked_tables(tables, name)
+
+
+def compared_systems(preset: str) -> list[str]:
+    """The systems of a preset that are compared when none are named.
+
+    Raises:
+        ConfigError: the preset does not list systems.
+    """
+    listed = load_preset(preset).get("compare", {}).get("systems")
+    if not listed:
+        raise ConfigError(f"preset {preset} has one system only", subject="preset")
+    return [system["name"] for system in listed if system["name"] not in NOT_COMPARED]
 
 
 def _phases(
@@ -443,7 +529,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def _checked_tables(tables: dict[str, Any], subject: str) -> dict[str, Any]:
-    allowed = [*JOB_TYPES, "compare"]
+    allowed = list(JOB_TYPES)
     unknown = sorted(set(tables) - set(allowed))
     if unknown:
         raise ConfigError(

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from kpmask.config import Storage
-from kpmask.data.dataset import MANIFEST, STATS, Dataset, read_manifest
+from kpmask.data.dataset import MANIFEST, STATS, Dataset, read_manifest, with_holdout
 from kpmask.data.layouts import frame_key
 from kpmask.data.shards import Shard, ShardWriter, decode_frame
 from kpmask.errors import DatasetError, StorageError
@@ -36,8 +36,11 @@ THUMBNAIL_PX = 96
 Locate = Callable[[str], tuple[Path, int]]
 
 
-def open_dataset(uri: str) -> Dataset:
+def open_dataset(uri: str, *, holdout_fraction: float = 0.0) -> Dataset:
     """The dataset at a URI. Shards that lie in S3 are fetched into the local cache when needed.
+
+    Args:
+        holdout_fraction: of the identities that are test clips where the dataset has none.
 
     Raises:
         DatasetError: there is none, or it is not readable.
@@ -45,11 +48,12 @@ def open_dataset(uri: str) -> Dataset:
     """
     store = open_store(uri)
     with _dataset_errors(uri):
-        return Dataset(read_manifest(store.local(MANIFEST)), fetch=store.local)
+        records = with_holdout(read_manifest(store.local(MANIFEST)), holdout_fraction)
+        return Dataset(records, fetch=store.local)
 
 
-def open_identified_dataset(uri: str) -> tuple[Dataset, str]:
-    """`open_dataset`, and the dataset's id.
+def open_identified_dataset(uri: str, *, holdout_fraction: float = 0.0) -> tuple[Dataset, str]:
+    """`open_dataset`, and the dataset's id, which is that of the whole.
 
     Raises:
         DatasetError, StorageError: as `open_dataset`.
@@ -58,7 +62,8 @@ def open_identified_dataset(uri: str) -> tuple[Dataset, str]:
         stats = read_json(open_store(uri), STATS)
     if "dataset_id" not in stats:
         raise DatasetError(f"its {STATS} has no dataset_id", subject=uri)
-    return open_dataset(uri), str(stats["dataset_id"])
+    dataset = open_dataset(uri, holdout_fraction=holdout_fraction)
+    return dataset, str(stats["dataset_id"])
 
 
 @contextmanager

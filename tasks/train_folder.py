@@ -87,7 +87,9 @@ def open_data(job: TrainJob) -> TrainingData:
     Raises:
         DatasetError: there is none, it has no training clips, or their size is not the model's.
     """
-    dataset, dataset_id = open_identified_dataset(job.data)
+    dataset, dataset_id = open_identified_dataset(
+        job.data, holdout_fraction=job.holdout_fraction
+    )
     train = tuple(dataset.partition("train"))
     if not train:
         raise DatasetError("no training clips", subject=job.data, code="dataset_too_small")

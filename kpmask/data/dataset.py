@@ -8,6 +8,7 @@ record's `shard` is an Arrow file, or with layout "folders" the key of a folder 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from kpmask.data import shards
-from kpmask.data.layouts import frame_key
+from kpmask.data.layouts import assign_splits, frame_key
 from kpmask.errors import DatasetError
 from kpmask.records import ClipRecord, Partition, from_table
 
@@ -74,6 +75,18 @@ class Dataset:
             return path.read_bytes()
         except OSError as error:
             raise DatasetError(error.strerror or str(error), subject=record.name) from error
+
+
+def with_holdout(records: Sequence[ClipRecord], fraction: float) -> list[ClipRecord]:
+    """The clips with about `fraction` of the identities as test clips, if there are none yet.
+
+    Which ones follows from a hash of their names, as in `preprocess`; no frame is moved.
+    """
+    if any(record.partition == "test" for record in records):
+        return list(records)
+    identities = sorted({record.identity for record in records})
+    split = assign_splits(identities, test_fraction=fraction)
+    return [replace(record, partition=split[record.identity]) for record in records]
 
 
 def read_manifest(path: Path) -> list[ClipRecord]:
