@@ -233,6 +233,57 @@ def decode(w: Weights, x: Tensor) -> Tensor:
     return conv(sub(w, "final"), x).sigmoid()
 
 
+# --- the discriminator -----------------------------------------------------------------------
+
+
+def inner_conv(w: Weights, x: np.ndarray) -> np.ndarray:
+    """Unpadded, one output pixel at a time; the weight over u W v where the file has u and v."""
+    if "weight_orig" in w:
+        kernel = w["weight_orig"].double().numpy()
+        rows = kernel.reshape(len(kernel), -1)
+        kernel = kernel / (w["weight_u"].double().numpy() @ rows @ w["weight_v"].double().numpy())
+    else:
+        kernel = w["weight"].double().numpy()
+    size = kernel.shape[-1]
+    height, width = x.shape[-2] - size + 1, x.shape[-1] - size + 1
+    out = np.zeros((len(x), len(kernel), height, width))
+    for b, c, i, j in np.ndindex(*out.shape):
+        out[b, c, i, j] = (x[b, :, i : i + size, j : j + size] * kernel[c]).sum()
+    return out + w["bias"].double().numpy()[:, None, None]
+
+
+def instance_norm(w: Weights, x: np.ndarray) -> np.ndarray:
+    out = np.zeros_like(x)
+    for b, c in np.ndindex(*x.shape[:2]):
+        pixels = x[b, c]
+        variance = ((pixels - pixels.mean()) ** 2).mean()
+        out[b, c] = (pixels - pixels.mean()) / math.sqrt(variance + 1e-5)
+        out[b, c] = out[b, c] * float(w["weight"][c]) + float(w["bias"][c])
+    return out
+
+
+def discriminator(
+    w: Weights, image: Tensor, points: np.ndarray | None = None, *, variance: float = 0.01
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Every block's output, and the map; `points` [B, K, 2] where it sees keypoints."""
+    x = image.double().numpy()
+    if points is not None:
+        maps = [[gaussian(p, x.shape[-1], variance) for p in sample] for sample in points]
+        x = np.concatenate([x, np.array(maps)], 1)
+    count = len([k for k in w if k.startswith("down_blocks.") and k.endswith("conv.bias")])
+    features = []
+    for i in range(count):
+        x = inner_conv(sub(w, f"down_blocks.{i}.conv"), x)
+        if i > 0:
+            x = instance_norm(sub(w, f"down_blocks.{i}.norm"), x)
+        x = np.where(x > 0, x, 0.2 * x)
+        if i < count - 1:
+            x = x[..., : x.shape[-2] // 2 * 2, : x.shape[-1] // 2 * 2]
+            x = sum(x[..., r::2, c::2] for r, c in np.ndindex(2, 2)) / 4
+        features.append(x)
+    return features, inner_conv(sub(w, "conv"), x)
+
+
 # --- keypoint mask ---------------------------------------------------------------------------
 
 
