@@ -11,17 +11,21 @@ import pytest
 import torch
 import yaml
 from torch import Tensor
+from torch.nn import functional
 
 from kpmask import checkpoint
 from kpmask.errors import CheckpointError, ConfigError
 from kpmask.model_config import (
     DenseMotion,
+    EncoderDecoder,
     FommGenerator,
     FommModel,
     Hourglass,
     KeypointDetector,
     KeypointMaskModel,
     LowResolution,
+    MaskGenerator,
+    RefinedMaskModel,
 )
 from kpmask.models import build_system
 from kpmask.upstream import export_upstream, import_checkpoint, import_upstream
@@ -173,6 +177,41 @@ KEYPOINT_MASK = KeypointMaskModel(
 )
 
 
+def refined_mask_file() -> dict[str, Any]:
+    generator = keypoint_mask_file()["generator"]
+    del generator["source_first.weight"]
+    generator |= {**plain("mask_fix_net", 5, 4, 3, 16), **conv("ref", 4, 1)}
+    return {
+        "generator": generator,
+        "mask_generator": {
+            **plain("predictor", 3, 4, 2, 8),
+            **conv("ref", 4, 1),
+            "down.weight": kernel(),
+        },
+        "optimizer_generator": {},
+        "optimizer_mask_generator": {},
+        "epoch": 99,
+    }
+
+
+def plain(name: str, cin: int, width: int, blocks: int, most: int) -> dict[str, Tensor]:
+    """An hourglass without skips: its up blocks see half as much."""
+    tensors = hourglass(name, cin, width, blocks, most)
+    for i in range(1, blocks):
+        key = f"{name}.decoder.up_blocks.{i}.conv.weight"
+        tensors[key] = tensors[key][:, ::2].clone()
+    return tensors
+
+
+REFINED_MASK = RefinedMaskModel(
+    image_size_px=256,
+    mask=MaskGenerator(block_expansion=4, num_blocks=2, max_features=8, scale_factor=0.5),
+    refinement=EncoderDecoder(block_expansion=4, num_blocks=3, max_features=16),
+    low_resolution=KEYPOINT_MASK.low_resolution,
+    high_resolution=KEYPOINT_MASK.high_resolution,
+)
+
+
 def saved(path: Path, content: object, *, new_format: bool = True) -> Path:
     torch.save(content, path, _use_new_zipfile_serialization=new_format)
     return path
@@ -228,15 +267,35 @@ def test_keypoint_mask_computes_what_its_file_says(tmp_path: Path, new_format: b
 
 
 def test_defaults_are_the_published_settings() -> None:
-    for config in (FommModel(), KeypointMaskModel()):
+    for config in (FommModel(), KeypointMaskModel(), RefinedMaskModel()):
         with torch.device("meta"):
             sections = build_system(config).to_empty(device="cpu")
         content = export_upstream(sections)
-        for section in ("generator", "kp_detector"):
+        for section in content.keys() - {"epoch"}:
             for value in content[section].values():
                 value.zero_()
         system = _imported(content)
         assert system.config == config
+
+
+@torch.no_grad()
+def test_refined_mask_computes_what_its_file_says() -> None:
+    content = refined_mask_file()
+    system = _imported(content, system="refined-mask")
+    assert system.config == REFINED_MASK
+    source, driving = torch.rand(1, 3, 32, 32), torch.rand(1, 1, 16, 16)
+    masks = torch.rand(1, 1, 16, 16), driving
+    low = torch.rand(1, 3, 32, 32)
+    large = [
+        functional.interpolate(mask, (32, 32), mode="bilinear", align_corners=False)
+        for mask in masks
+    ]
+    # The original's order: source, its mask, the first stage's frame, the driver's mask.
+    seen = torch.cat([source, large[0], low, large[1]], 1)
+    features = slow.hourglass(slow.sub(content["generator"], "hourglass"), seen)
+    expected = slow.conv(slow.sub(content["generator"], "final_hourglass"), features).sigmoid()
+    found = system.high_resolution(source, *masks, low)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def _imported(content: dict[str, Any], **options: Any) -> Any:
@@ -247,9 +306,10 @@ def _imported(content: dict[str, Any], **options: Any) -> Any:
 
 
 def test_export_is_the_inverse_of_import() -> None:
-    for content in (fomm_file(), keypoint_mask_file()):
+    for content in (fomm_file(), keypoint_mask_file(), refined_mask_file()):
         again = export_upstream(_imported(content))
-        for section in ("generator", "kp_detector"):
+        assert set(again) <= set(content)
+        for section in again.keys() - {"epoch"}:
             assert set(again[section]) == set(content[section])
             for key, value in content[section].items():
                 if section == "generator" and "final_hourglass.weight" in content["generator"]:
@@ -441,6 +501,11 @@ def changed(section: str, **tensors: Tensor | None) -> dict[str, Any]:
         (changed("generator", source_first__weight=torch.zeros(3, 1, 13, 13)), "source_first"),
         (changed("kp_detector", down__weight=torch.zeros(3, 1, 4, 4)), "no scale's kernel"),
         ({**keypoint_mask_file(), "ema": {}}, "no known layout: ema"),
+        ({**refined_mask_file(), "kp_detector": detector()}, "tensors left over: kp_detector"),
+        (
+            {**keypoint_mask_file(), "mask_generator": refined_mask_file()["mask_generator"]},
+            "tensor missing: generator.mask_fix_net",
+        ),
         ({"generator": {"a": torch.zeros(1)}, "kp_detector": detector()}, "neither FOMM's nor"),
         ({"generator": {"a": 3}, "kp_detector": {}}, "generator is not a dictionary of tensors"),
         ({"epoch": 3}, "has no kp_detector"),
@@ -457,12 +522,20 @@ def test_wrong_arguments(tmp_path: Path) -> None:
     path = saved(tmp_path / "f.pth.tar", fomm_file())
     with pytest.raises(CheckpointError, match="holds a fomm checkpoint, not keypoint-mask"):
         import_upstream(path, system="keypoint-mask")
-    with pytest.raises(ConfigError, match="'x' is not one of fomm, keypoint-mask"):
+    with pytest.raises(ConfigError, match="'x' is not one of fomm, keypoint-mask, refined-mask"):
         import_upstream(path, system="x")
     with pytest.raises(ConfigError, match="'x' is not one of heatmap, circles, softmax"):
         import_upstream(path, mask="x")
     with pytest.raises(ConfigError, match="no mask"):
         import_upstream(path, mask="circles")
+    refined = saved(tmp_path / "r.pth.tar", refined_mask_file())
+    for options, message in (
+        ({"mask": "circles"}, "a refined-mask checkpoint has no mask to choose"),
+        ({"kp_detector": path}, "has no detector"),
+        ({"config": path}, "configuration is not read"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            import_upstream(refined, **options)
     with pytest.raises(CheckpointError, match="No such file"):
         import_upstream(tmp_path / "gone.pth.tar")
     (tmp_path / "text").write_text("hello")
