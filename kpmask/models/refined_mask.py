@@ -238,7 +238,9 @@ class RefinedMaskSystem(AnimationSystem[RefinedMaskSource, RefinedMaskDriving]):
         config, target_B1HW = self.config.perturbation, mask_B1HW.detach()
         drawn = RandomPerturbation.draw(config, like=target_B1HW)
         perturbed_B1HW = drawn.apply(target_B1HW, config)
-        refined_B1HW = self.refinement(source.small_BCHW, source.mask_B1HW.detach(), perturbed_B1HW)
+        refined_B1HW: Tensor = self.refinement(
+            source.small_BCHW, source.mask_B1HW.detach(), perturbed_B1HW
+        )
         return (refined_B1HW - target_B1HW).abs().mean()
 
     def _recoloured(self, image_BCHW: Tensor) -> Tensor:
