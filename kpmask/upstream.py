@@ -73,7 +73,11 @@ OTHER_SECTIONS = frozenset(
         "epoch",
     }
 )
-MODELS = {"fomm": FommModel, "keypoint-mask": KeypointMaskModel, "refined-mask": RefinedMaskModel}
+MODELS: dict[str, type[FommModel | KeypointMaskModel | RefinedMaskModel]] = {
+    "fomm": FommModel,
+    "keypoint-mask": KeypointMaskModel,
+    "refined-mask": RefinedMaskModel,
+}
 SYSTEMS = tuple(MODELS)
 MASKS = get_args(KeypointMaskModel.model_fields["mask"].annotation)
 
