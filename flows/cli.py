@@ -409,6 +409,10 @@ def checkpoint_import(
     mask: Annotated[
         str | None, typer.Option(help="heatmap, circles or softmax; default: by the config.")
     ] = None,
+    align_corners: Annotated[
+        bool | None,
+        typer.Option(help="How fomm's warps count pixels; default: as torch 1.0 to 1.2 did."),
+    ] = None,
 ) -> None:
     """Read an original FOMM, keypoint-mask or refined-mask checkpoint, whole or not at all.
 
@@ -421,7 +425,13 @@ def checkpoint_import(
     from kpmask.upstream import import_checkpoint
 
     found = import_checkpoint(
-        src, out, system=system, config=config_file, kp_detector=kp_detector, mask=mask
+        src,
+        out,
+        system=system,
+        config=config_file,
+        kp_detector=kp_detector,
+        mask=mask,
+        align_corners=align_corners,
     )
     typer.echo(f"{out}: {found}")
 

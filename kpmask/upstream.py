@@ -1,7 +1,8 @@
 """Checkpoints of the original code: FOMM's layout, the keypoint mask's, the refined mask's.
 
 - A file is a `torch.save` dictionary of sections; two of them, `generator` and `kp_detector` (or
-  `mask_generator`), hold weights. The others (discriminator, optimisers, epoch) are left behind.
+  `mask_generator`), hold weights; so does FOMM's `discriminator`, which a file may lack. The
+  others (optimisers, epoch) are left behind.
 - The settings are not in the file. Widths and depths follow from the tensors' shapes; the rest is
   as published, or as the original YAML says.
 - Every tensor must have its place here, and every place its tensor; else the file is refused with
@@ -31,7 +32,11 @@ from kpmask.upstream_yaml import merge, read_yaml
 Tensors = Mapping[str, Tensor]
 
 # Our module -> theirs, as `section.module`.
-FOMM_NAMES = {"detector": "kp_detector", "generator": "generator"}
+FOMM_NAMES = {
+    "detector": "kp_detector",
+    "generator": "generator",
+    "discriminator": "discriminator.discs.1",  # its only scale
+}
 KEYPOINT_MASK_NAMES = {
     "detector": "kp_detector",
     "low_resolution.down": "generator.source_first",
@@ -62,10 +67,9 @@ SECOND_STAGE_INPUTS = frozenset(
     {"high_resolution.hourglass.encoder.down_blocks.0.conv.weight", "high_resolution.final.weight"}
 )
 
-WEIGHTS = ("kp_detector", "mask_generator", "generator")
+WEIGHTS = ("kp_detector", "mask_generator", "generator", "discriminator")
 OTHER_SECTIONS = frozenset(
     {
-        "discriminator",
         "optimizer_generator",
         "optimizer_discriminator",
         "optimizer_kp_detector",
@@ -90,10 +94,16 @@ def import_checkpoint(
     config: Path | None = None,
     kp_detector: Path | None = None,
     mask: str | None = None,
+    align_corners: bool | None = None,
 ) -> str:
     """`import_upstream` into a file of our own; a line that says what it holds."""
     imported = import_upstream(
-        src, system=system, config=config, kp_detector=kp_detector, mask=mask
+        src,
+        system=system,
+        config=config,
+        kp_detector=kp_detector,
+        mask=mask,
+        align_corners=align_corners,
     )
     sha256 = checkpoint.save(out, imported, {"imported_from": src.name})
     millions = sum(p.numel() for p in imported.parameters()) / 1e6
@@ -108,6 +118,7 @@ def import_upstream(
     config: Path | None = None,
     kp_detector: Path | None = None,
     mask: str | None = None,
+    align_corners: bool | None = None,
 ) -> AnimationSystem[Any, Any]:
     """A system with the weights of an original checkpoint, in eval mode.
 
@@ -119,6 +130,8 @@ def import_upstream(
             all but the settings of P, which are those of its Tai-Chi model.
         kp_detector: take the detector from this file instead, of either layout that has one.
         mask: `heatmap`, `circles` or `softmax`; by default the configuration's, else heatmap.
+        align_corners: how warps count pixels, which no file says. True (the default) for weights
+            of torch 1.0 to 1.2, as all published ones are; False for later ones.
 
     Raises:
         CheckpointError: the file is not one of these, or its tensors do not fit.
@@ -137,12 +150,19 @@ def import_upstream(
             subject=str(src),
             code="checkpoint_mismatch",
         )
-    _check_fitting(found, config=config, kp_detector=kp_detector, mask=mask)
+    _check_fitting(
+        found, config=config, kp_detector=kp_detector, mask=mask, align_corners=align_corners
+    )
     settings = _inferred(found, tensors, src)
     if config is not None:
-        merge(settings, read_yaml(config, found))
+        said = read_yaml(config, found)
+        if "discriminator" not in settings:  # public files may lack it, configurations do not
+            said.pop("discriminator", None)
+        merge(settings, said)
     if mask is not None:
         settings["mask"] = mask
+    if align_corners is not None:
+        settings["align_corners"] = align_corners
     return _built(settings, tensors, src)
 
 
@@ -166,9 +186,16 @@ def _check_choice(option: str, value: str | None, allowed: tuple[str, ...]) -> N
 
 
 def _check_fitting(
-    found: str, *, config: Path | None, kp_detector: Path | None, mask: str | None
+    found: str,
+    *,
+    config: Path | None,
+    kp_detector: Path | None,
+    mask: str | None,
+    align_corners: bool | None,
 ) -> None:
     """Refuse options that mean nothing with the file's system."""
+    if align_corners is not None and "align_corners" not in MODELS[found].model_fields:
+        raise ConfigError(f"a {found} system warps nothing", subject="--align-corners")
     if mask is not None and found != "keypoint-mask":
         raise ConfigError(f"a {found} checkpoint has no mask to choose", subject="--mask")
     if found == "refined-mask" and kp_detector is not None:
@@ -286,7 +313,11 @@ def _inferred(system: str, tensors: Tensors, src: Path) -> dict[str, Any]:
     if system == "refined-mask":
         return {"system": system} | _refined_mask(shapes)
     settings = {"system": system, "detector": _detector(shapes)}
-    return settings | (_fomm(shapes) if system == "fomm" else _keypoint_mask(shapes))
+    if system == "keypoint-mask":
+        return settings | _keypoint_mask(shapes)
+    if any(key.startswith("discriminator.") for key in tensors):
+        settings["discriminator"] = _discriminator(shapes)
+    return settings | _fomm(shapes)
 
 
 def _detector(shapes: _Shapes) -> dict[str, Any]:
@@ -321,6 +352,24 @@ def _fomm(shapes: _Shapes) -> dict[str, Any]:
                 widest, block_expansion=width, num_blocks=num_down_blocks, published=512
             ),
         },
+    }
+
+
+def _discriminator(shapes: _Shapes) -> dict[str, Any]:
+    name = FOMM_NAMES["discriminator"]
+    spectral_norm = shapes.has(f"{name}.conv.weight_orig")
+    weight = name + ".down_blocks.{}.conv." + ("weight_orig" if spectral_norm else "weight")
+    num_blocks = shapes.count(weight)
+    block_expansion = (shapes.size(weight.format(0), 0) + 1) // 2  # of the first block's input
+    widest = shapes.size(weight.format(max(num_blocks - 1, 0)), 0)
+    return {
+        "block_expansion": block_expansion,
+        "num_blocks": num_blocks,
+        "max_features": shapes.capped(
+            widest, block_expansion=block_expansion, num_blocks=num_blocks, published=512
+        ),
+        "spectral_norm": spectral_norm,
+        "use_keypoints": shapes.size(weight.format(0), 1) != 3,
     }
 
 

@@ -28,6 +28,13 @@ _DETECTOR: _Places = {
     "softmax_mask": None,
 }
 _DENSE_MOTION: _Places = {name: ("dense_motion", name) for name in (*_WIDTHS, "kp_variance")}
+_DISCRIMINATOR: _Places = {
+    **{name: ("discriminator", name) for name in ("block_expansion", "max_features", "num_blocks")},
+    "sn": ("discriminator", "spectral_norm"),
+    "use_kp": ("discriminator", "use_keypoints"),
+    "kp_variance": ("discriminator", "kp_variance"),
+    "scales": None,  # always [1]; the tensors of another have no place
+}
 _GENERATOR: Mapping[str, _Places] = {
     "fomm": {
         "block_expansion": ("generator", "block_expansion"),
@@ -75,6 +82,7 @@ def read_yaml(path: Path, system: str) -> dict[str, Any]:
     _place(settings, generator, _GENERATOR[system], path)
     if system == "fomm":
         _place(settings, _group(generator, "dense_motion_params", path), _DENSE_MOTION, path)
+        _place(settings, _group(model, "discriminator_params", path), _DISCRIMINATOR, path)
     else:
         settings["mask"] = _mask_of(model)
         common = _group(found, "common_params", path)

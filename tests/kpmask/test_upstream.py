@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -14,9 +17,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from kpmask import checkpoint
+from kpmask.config import Losses
 from kpmask.errors import CheckpointError, ConfigError
 from kpmask.model_config import (
     DenseMotion,
+    Discriminator,
     EncoderDecoder,
     FommGenerator,
     FommModel,
@@ -28,7 +33,9 @@ from kpmask.model_config import (
     RefinedMaskModel,
 )
 from kpmask.models import build_system
+from kpmask.models.base import Batch
 from kpmask.upstream import export_upstream, import_checkpoint, import_upstream
+from kpmask.upstream_yaml import read_yaml
 
 _spec = importlib.util.spec_from_file_location(
     "model_reference", Path(__file__).with_name("model_reference.py")
@@ -50,6 +57,31 @@ def _one_thread() -> Iterator[None]:
 # --- files in the original layouts, built from their description -----------------------------
 
 K = 3
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What FOMM's files differ in: widths as (first, how many blocks, most)."""
+
+    keypoints: int = K
+    scale: float = 0.5
+    detector: tuple[int, int, int] = (4, 2, 8)
+    motion: tuple[int, int, int] = (4, 2, 8)
+    generator: tuple[int, int, int] = (4, 2, 8)
+    residuals: int = 1
+    discriminator: tuple[int, int, int] = (2, 2, 6)
+
+
+SMALL = Sizes()
+PUBLISHED = Sizes(
+    keypoints=10,
+    scale=0.25,
+    detector=(32, 5, 1024),
+    motion=(64, 5, 1024),
+    generator=(64, 2, 512),
+    residuals=6,
+    discriminator=(32, 4, 512),
+)
 
 
 def block(name: str, cin: int, cout: int, kernel: int = 3) -> dict[str, Tensor]:
@@ -88,19 +120,52 @@ def hourglass(name: str, cin: int, width: int, blocks: int, most: int) -> dict[s
     return tensors
 
 
-def kernel() -> Tensor:
+def kernel(scale: float = 0.5) -> Tensor:
     from kpmask.models.layers import gaussian_kernel
 
-    return gaussian_kernel(0.5).expand(3, 1, 5, 5).clone()
+    found = gaussian_kernel(scale)
+    return found.expand(3, 1, *found.shape).clone()
 
 
-def detector() -> dict[str, Tensor]:
+def detector(sizes: Sizes = SMALL, *, single_jacobian_map: bool = False) -> dict[str, Tensor]:
+    features = sizes.detector[0] + 3
     return {
-        **hourglass("predictor", 3, 4, 2, 8),
-        **conv("kp", 7, K),
-        **conv("jacobian", 7, 4 * K),
-        "down.weight": kernel(),
+        **hourglass("predictor", 3, *sizes.detector),
+        **conv("kp", features, sizes.keypoints),
+        **conv("jacobian", features, 4 if single_jacobian_map else 4 * sizes.keypoints),
+        "down.weight": kernel(sizes.scale),
     }
+
+
+def discriminator(
+    sizes: Sizes = SMALL, *, sn: bool = False, use_kp: bool = False
+) -> dict[str, Tensor]:
+    width, blocks, most = sizes.discriminator
+    widths = [
+        3 + sizes.keypoints * use_kp,
+        *(min(most, width * 2**i) for i in range(1, blocks + 1)),
+    ]
+    tensors: dict[str, Tensor] = {}
+    for i in range(blocks):
+        name = f"discs.1.down_blocks.{i}"
+        tensors |= judging_conv(f"{name}.conv", widths[i], widths[i + 1], 4, sn=sn)
+        if i > 0:
+            both = norm(f"{name}.norm", widths[i + 1])
+            tensors |= {k: v for k, v in both.items() if k.endswith((".weight", ".bias"))}
+    return tensors | judging_conv("discs.1.conv", widths[-1], 1, 1, sn=sn)
+
+
+def judging_conv(name: str, cin: int, cout: int, size: int, *, sn: bool) -> dict[str, Tensor]:
+    weight = torch.randn(cout, cin, size, size) / (size * cin**0.5)
+    bias = {f"{name}.bias": torch.randn(cout) * 0.1}
+    if not sn:
+        return {f"{name}.weight": weight} | bias
+    right = torch.randn(cin * size**2)
+    for _ in range(5):
+        left = functional.normalize(weight.flatten(1) @ right, dim=0)
+        right = functional.normalize(left @ weight.flatten(1), dim=0)
+    vectors = {f"{name}.weight_u": left, f"{name}.weight_v": right}
+    return bias | {f"{name}.weight_orig": weight} | vectors
 
 
 def residual(name: str, channels: int) -> dict[str, Tensor]:
@@ -112,26 +177,35 @@ def residual(name: str, channels: int) -> dict[str, Tensor]:
     return tensors
 
 
-def fomm_file() -> dict[str, Any]:
-    motion = "dense_motion_network"
+def fomm_file(
+    sizes: Sizes = SMALL,
+    *,
+    sn: bool = False,
+    use_kp: bool = False,
+    single_jacobian_map: bool = False,
+) -> dict[str, Any]:
+    motion, seen = "dense_motion_network", 4 * (sizes.keypoints + 1)
+    width, downs, most = sizes.generator
+    widths = [min(most, width * 2**i) for i in range(downs + 1)]
     generator = {
-        **hourglass(f"{motion}.hourglass", 4 * (K + 1), 4, 2, 8),
-        **conv(f"{motion}.mask", 4 + 4 * (K + 1), K + 1),
-        **conv(f"{motion}.occlusion", 4 + 4 * (K + 1), 1),
-        f"{motion}.down.weight": kernel(),
-        **block("first", 3, 4, 7),
-        **block("down_blocks.0", 4, 8),
-        **block("down_blocks.1", 8, 8),
-        **block("up_blocks.0", 8, 8),
-        **block("up_blocks.1", 8, 4),
-        **residual("bottleneck.r0", 8),
-        **conv("final", 4, 3),
+        **hourglass(f"{motion}.hourglass", seen, *sizes.motion),
+        **conv(f"{motion}.mask", sizes.motion[0] + seen, sizes.keypoints + 1),
+        **conv(f"{motion}.occlusion", sizes.motion[0] + seen, 1),
+        f"{motion}.down.weight": kernel(sizes.scale),
+        **block("first", 3, width, 7),
+        **conv("final", width, 3),
     }
+    for i in range(downs):
+        generator |= block(f"down_blocks.{i}", widths[i], widths[i + 1])
+        generator |= block(f"up_blocks.{downs - 1 - i}", widths[i + 1], widths[i])
+    for i in range(sizes.residuals):
+        generator |= residual(f"bottleneck.r{i}", widths[-1])
     return {
         "generator": generator,
-        "discriminator": {"discs.1.conv.weight": torch.zeros(1)},
-        "kp_detector": detector(),
+        "discriminator": discriminator(sizes, sn=sn, use_kp=use_kp),
+        "kp_detector": detector(sizes, single_jacobian_map=single_jacobian_map),
         "optimizer_generator": {"state": {0: {"step": 5}}, "param_groups": []},
+        "optimizer_discriminator": {},
         "optimizer_kp_detector": {},
         "epoch": 99,
     }
@@ -146,6 +220,7 @@ FOMM = FommModel(
     generator=FommGenerator(
         block_expansion=4, num_down_blocks=2, num_bottleneck_blocks=1, max_features=8
     ),
+    discriminator=Discriminator(block_expansion=2, num_blocks=2, max_features=6),
 )
 
 
@@ -225,12 +300,18 @@ def yaml_file(path: Path, **groups: Any) -> Path:
 # --- reading ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("new_format", [True, False])
+@pytest.mark.parametrize(
+    ("new_format", "align_corners"), [(True, None), (True, True), (True, False), (False, None)]
+)
 @torch.no_grad()
-def test_fomm_computes_what_its_file_says(tmp_path: Path, new_format: bool) -> None:
+def test_fomm_computes_what_its_file_says(
+    tmp_path: Path, new_format: bool, align_corners: bool | None
+) -> None:
     content = fomm_file()
-    system = import_upstream(saved(tmp_path / "f.pth.tar", content, new_format=new_format))
-    assert system.config == FOMM
+    path = saved(tmp_path / "f.pth.tar", content, new_format=new_format)
+    system = import_upstream(path, align_corners=align_corners)
+    corners = align_corners is not False
+    assert system.config == FOMM.model_copy(update={"align_corners": corners})
     assert not system.training
     system.config = FOMM.model_copy(update={"image_size_px": 32})
     source_image, driving_image = torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32)
@@ -239,7 +320,12 @@ def test_fomm_computes_what_its_file_says(tmp_path: Path, new_format: bool) -> N
         for image in (source_image, driving_image)
     ]
     expected = slow.fomm_generator(
-        content["generator"], source_image, *states, scale=0.5, variance=0.01, align_corners=True
+        content["generator"],
+        source_image,
+        *states,
+        scale=0.5,
+        variance=0.01,
+        align_corners=corners,
     )
     found = system.render(
         system.encode_source(source_image), system.encode_driving(driving_image)
@@ -267,7 +353,8 @@ def test_keypoint_mask_computes_what_its_file_says(tmp_path: Path, new_format: b
 
 
 def test_defaults_are_the_published_settings() -> None:
-    for config in (FommModel(), KeypointMaskModel(), RefinedMaskModel()):
+    judged = FommModel(discriminator=Discriminator())
+    for config in (FommModel(), judged, KeypointMaskModel(), RefinedMaskModel()):
         with torch.device("meta"):
             sections = build_system(config).to_empty(device="cpu")
         content = export_upstream(sections)
@@ -337,12 +424,12 @@ def test_variants_are_read_off_the_shapes() -> None:
     narrow = fomm_file() | {"epoch": 3}
     narrow.pop("discriminator")
     narrow.pop("optimizer_generator")
-    assert _imported(narrow).config == FOMM
+    assert _imported(narrow).config == FOMM.model_copy(update={"discriminator": None})
 
 
 def test_prefixes_of_data_parallel_are_stripped_once() -> None:
     content = fomm_file()
-    for section in ("generator", "kp_detector"):
+    for section in ("generator", "kp_detector", "discriminator"):
         content[section] = {f"module.{k}": v for k, v in content[section].items()}
     assert _imported(content).config == FOMM
     content["generator"] = {f"module.{k}": v for k, v in content["generator"].items()}
@@ -412,6 +499,204 @@ def test_fomm_configuration(tmp_path: Path) -> None:
         _imported(fomm_file(), config=yaml_file(tmp_path / "c.yaml", **groups))
 
 
+# --- every published configuration of FOMM ---------------------------------------------------
+
+CONFIGURATIONS: dict[str, dict[str, bool]] = {
+    "vox": {"sn": True},
+    "taichi": {},
+    "fashion": {},
+    "mgif": {"sn": True, "single_jacobian_map": True},
+    "bair": {"sn": True},
+    "nemo": {"sn": True},
+    "taichi-adv": {"use_kp": True},
+    "vox-adv": {"use_kp": True},
+    "vox-adv-sn": {"sn": True, "use_kp": True},
+}
+each_configuration = pytest.mark.parametrize("name", CONFIGURATIONS)
+
+# {detector}, {motion}, {generator}, {discriminator}: widths in the order of `Sizes`.
+FOMM_YAML = """
+dataset_params:
+  root_dir: data/{name}
+  frame_shape: [{side}, {side}, 3]
+  id_sampling: True
+  pairs_list: data/{name}.csv
+  augmentation_params:
+    flip_param: {{horizontal_flip: True, time_flip: True}}
+    jitter_param: {{brightness: 0.1, contrast: 0.1, saturation: 0.1, hue: 0.1}}
+
+model_params:
+  common_params:
+    num_kp: {keypoints}
+    num_channels: 3
+    estimate_jacobian: True
+  kp_detector_params:
+    temperature: 0.1
+    block_expansion: {detector[0]}
+    num_blocks: {detector[1]}
+    max_features: {detector[2]}
+    scale_factor: {scale}
+    {jacobian_line}
+  generator_params:
+    block_expansion: {generator[0]}
+    num_down_blocks: {generator[1]}
+    max_features: {generator[2]}
+    num_bottleneck_blocks: {residuals}
+    estimate_occlusion_map: True
+    dense_motion_params:
+      block_expansion: {motion[0]}
+      num_blocks: {motion[1]}
+      max_features: {motion[2]}
+      scale_factor: {scale}
+  discriminator_params:
+    scales: [1]
+    block_expansion: {discriminator[0]}
+    num_blocks: {discriminator[1]}
+    max_features: {discriminator[2]}
+    {discriminator_lines}
+
+train_params:
+  num_epochs: 100
+  num_repeats: 75
+  epoch_milestones: [60, 90]
+  lr_generator: 2.0e-4
+  lr_discriminator: 2.0e-4
+  lr_kp_detector: 2.0e-4
+  batch_size: 40
+  scales: [1, 0.5, 0.25, 0.125]
+  transform_params: {{sigma_affine: 0.05, sigma_tps: 0.005, points_tps: 5}}
+  loss_weights:
+    generator_gan: 0
+    discriminator_gan: 1
+    feature_matching: [10, 10, 10, 10]
+    perceptual: [10, 10, 10, 10, 10]
+    equivariance_value: 10
+    equivariance_jacobian: 10
+
+animate_params:
+  num_pairs: 50
+  format: .mp4
+  normalization_params: {{adapt_movement_scale: False, use_relative_jacobian: True}}
+"""
+
+
+def configuration(path: Path, sizes: Sizes, *, side: int, name: str = "vox") -> Path:
+    """The original YAML file of a configuration, with these widths."""
+    switches = CONFIGURATIONS[name]
+    single = switches.get("single_jacobian_map")
+    lines = [f"{key}: True" for key in ("sn", "use_kp") if switches.get(key)]
+    text = FOMM_YAML.format(
+        name=name,
+        side=side,
+        jacobian_line="single_jacobian_map: True" if single else "",
+        discriminator_lines="\n    ".join(lines),
+        **vars(sizes),
+    )
+    path.write_text(text)
+    return path
+
+
+@each_configuration
+@torch.no_grad()
+def test_every_configuration_is_imported_exactly(tmp_path: Path, name: str) -> None:
+    content = fomm_file(**CONFIGURATIONS[name])
+    path = saved(tmp_path / "f.pth.tar", content)
+    config = configuration(tmp_path / "c.yaml", SMALL, side=16, name=name)
+    system = import_upstream(path, config=config)
+    assert system.config == import_upstream(path).config.model_copy(update={"image_size_px": 16})
+
+    again = export_upstream(system)
+    for section in ("generator", "kp_detector", "discriminator"):
+        assert again[section].keys() == content[section].keys()
+        assert all(torch.equal(again[section][k], v) for k, v in content[section].items())
+
+    source, driving = torch.rand(1, 3, 16, 16), torch.rand(1, 3, 16, 16)
+    states = [slow.detector(content["kp_detector"], i, scale=0.5)[2:] for i in (source, driving)]
+    options = {"scale": 0.5, "variance": 0.01, "align_corners": True}
+    expected = slow.fomm_generator(content["generator"], source, *states, **options)
+    driving_state = system.encode_driving(driving)
+    found = system.render(system.encode_source(source), driving_state).image_BCHW
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+    points = states[1][0] if CONFIGURATIONS[name].get("use_kp") else None
+    judging = slow.sub(content["discriminator"], "discs.1")
+    _, expected_map = slow.discriminator(judging, driving, points)
+    _, found_map = system.discriminator(driving, driving_state.points_BK2)
+    found_map = found_map.double().numpy()
+    assert np.abs(found_map - expected_map).max() < 1e-5
+
+
+@each_configuration
+def test_every_configuration_has_the_published_names_and_shapes(tmp_path: Path, name: str) -> None:
+    switches = CONFIGURATIONS[name]
+    with torch.device("meta"):
+        content = fomm_file(PUBLISHED, **switches)
+        config = FommModel.model_validate(
+            read_yaml(configuration(tmp_path / "c.yaml", PUBLISHED, side=256, name=name), "fomm")
+        )
+        system = build_system(config)
+    assert config == FommModel(
+        detector=KeypointDetector(single_jacobian_map=switches.get("single_jacobian_map", False)),
+        discriminator=Discriminator(
+            spectral_norm=switches.get("sn", False), use_keypoints=switches.get("use_kp", False)
+        ),
+    )
+    found = export_upstream(system.to_empty(device="cpu"))  # pages never written take no memory
+    for section in ("generator", "kp_detector", "discriminator"):
+        assert shapes(found[section]) == shapes(content[section])
+
+
+def shapes(section: dict[str, Tensor]) -> list[str]:
+    return [f"{k} {list(v.shape)} {v.dtype}" for k, v in sorted(section.items())]
+
+
+@pytest.mark.parametrize(
+    ("switches", "digest"),
+    [({"sn": True}, "7c1c9e8748aa0c3b"), ({"use_kp": True}, "83bd78aa777f0795")],
+)
+def test_discriminators_are_laid_out_as_in_published_files(
+    switches: dict[str, bool], digest: str
+) -> None:
+    with torch.device("meta"):
+        found = "\n".join(shapes(discriminator(PUBLISHED, **switches)))
+    assert hashlib.sha256(found.encode()).hexdigest()[:16] == digest
+
+
+def test_a_discriminator_may_be_missing_and_then_is(tmp_path: Path) -> None:
+    content = fomm_file()
+    config = configuration(tmp_path / "c.yaml", SMALL, side=32, name="taichi")
+    assert _imported(content, config=config).config.discriminator == FOMM.discriminator
+    del content["discriminator"]
+    system = _imported(content, config=config)
+    assert system.config.discriminator is None
+    assert "discriminator" not in export_upstream(system)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("vox", "missing: discriminator.discs.1.down_blocks.0.conv.weight_orig"),
+        ("taichi-adv", r"conv.weight \[4, 3, 4, 4\], not \[4, 6, 4, 4\]"),
+        ("mgif", r"jacobian.weight \[12, 7, 7, 7\], not \[4, 7, 7, 7\]"),
+    ],
+)
+def test_another_configuration_than_the_files_is_refused(
+    tmp_path: Path, name: str, message: str
+) -> None:
+    config = configuration(tmp_path / "c.yaml", SMALL, side=32, name=name)
+    with pytest.raises(CheckpointError, match=message) as raised:
+        _imported(fomm_file(), config=config)
+    assert raised.value.code == "checkpoint_mismatch"
+
+
+def test_an_imported_discriminator_goes_on_training() -> None:
+    system = _imported(fomm_file(sn=True, use_kp=True))
+    system.set_losses(Losses(pixel=1.0, feature_matching=(10.0, 10.0)), None)
+    frame = torch.rand(1, 3, 32, 32)
+    system.train().training_losses(Batch(frame, frame)).total.backward()
+    assert all(p.grad is not None for p in system.discriminator.parameters())
+
+
 @pytest.mark.parametrize(
     ("group", "switches", "mask"),
     [
@@ -464,7 +749,7 @@ def test_configurations_that_are_none(tmp_path: Path) -> None:
 
 
 def changed(section: str, **tensors: Tensor | None) -> dict[str, Any]:
-    content = keypoint_mask_file()
+    content = fomm_file() if section == "discriminator" else keypoint_mask_file()
     for name, value in tensors.items():
         key = name.replace("__", ".")
         if value is None:
@@ -500,6 +785,24 @@ def changed(section: str, **tensors: Tensor | None) -> dict[str, Any]:
         (changed("generator", final__weight=torch.zeros(3)), "of another shape"),
         (changed("generator", source_first__weight=torch.zeros(3, 1, 13, 13)), "source_first"),
         (changed("kp_detector", down__weight=torch.zeros(3, 1, 4, 4)), "no scale's kernel"),
+        (
+            changed("discriminator", discs__1__conv__bias=None),
+            "1 tensor missing: discriminator.discs.1.conv.bias",
+        ),
+        (
+            # Of a second scale.
+            changed("discriminator", **{"discs__0-5__conv__bias": torch.zeros(1)}),
+            "1 tensor left over: discriminator.discs.0-5.conv.bias",
+        ),
+        (
+            changed("discriminator", discs__1__conv__bias=torch.tensor([float("nan")])),
+            "discriminator.conv.bias holds NaN",
+        ),
+        (
+            {**fomm_file(), "discriminator": {"discs.1.conv.weight": torch.zeros(1)}},
+            "missing: discriminator.discs.1.down_blocks.0.conv.weight",
+        ),
+        ({**keypoint_mask_file(), "discriminator": discriminator()}, "left over: discriminator"),
         ({**keypoint_mask_file(), "ema": {}}, "no known layout: ema"),
         ({**refined_mask_file(), "kp_detector": detector()}, "tensors left over: kp_detector"),
         (
@@ -528,6 +831,10 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         import_upstream(path, mask="x")
     with pytest.raises(ConfigError, match="no mask"):
         import_upstream(path, mask="circles")
+    heatmap = saved(tmp_path / "k.pth.tar", keypoint_mask_file())
+    for choice in (True, False):
+        with pytest.raises(ConfigError, match="a keypoint-mask system warps nothing"):
+            import_upstream(heatmap, align_corners=choice)
     refined = saved(tmp_path / "r.pth.tar", refined_mask_file())
     for options, message in (
         ({"mask": "circles"}, "a refined-mask checkpoint has no mask to choose"),
