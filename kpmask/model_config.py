@@ -288,7 +288,9 @@ class KpmaskPlusModel(Part):
     detector: KeypointDetector = KeypointDetector(num_keypoints=16, estimate_jacobian=False)
     combination: Literal["separate", "learned", "sum"] = "separate"
     num_combined: PositiveInt = 8
-    composite: bool = True  # False: the frame is drawn as a whole
+    # Of the normal noise on the masks in training. The more, the less of the driver's looks they
+    # carry, and the coarser the pose.
+    mask_noise: Weight = 0.0
     warp: bool = True  # a warped source is one of the parts
     low_resolution: LowResolution = LowResolution()
     high_resolution: Hourglass = Hourglass()
