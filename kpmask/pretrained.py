@@ -8,6 +8,7 @@ wait for it and find the file.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -40,11 +41,12 @@ def read_torch_file(path: Path) -> Any:  # noqa: ANN401 - whatever was saved
             # That the file's pickle protocol is not the usual one: it is read or refused.
             warnings.simplefilter("ignore", UserWarning)
             return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CheckpointError(
-            error.strerror or str(error), subject=str(path), code="weights_unavailable"
-        ) from error
-    except _NOT_TENSORS as error:
+    except (OSError, *_NOT_TENSORS) as error:
+        # The archive reader seeks before the beginning of a file that ends early.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise CheckpointError(
+                error.strerror or str(error), subject=str(path), code="weights_unavailable"
+            ) from error
         raise CheckpointError(
             "not a file of tensors alone", subject=str(path), hint="a pickle is never executed"
         ) from error

@@ -821,6 +821,55 @@ def test_refused_with_what_is_wrong(content: Any, message: str) -> None:
     assert raised.value.subject.endswith("c.pth.tar")
 
 
+class Attack:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_code_in_a_file_is_not_run(tmp_path: Path, new_format: bool) -> None:
+    mark = tmp_path / "was-run"
+    whole = saved(tmp_path / "f.pth.tar", fomm_file())
+    for place in ("generator", "optimizer_generator", "epoch"):
+        content = {**fomm_file(), place: Attack(mark)}
+        path = saved(tmp_path / "a.pth.tar", content, new_format=new_format)
+        with pytest.raises(CheckpointError, match="not a file of tensors alone"):
+            import_upstream(path)
+        with pytest.raises(CheckpointError, match="not a file of tensors alone"):
+            import_upstream(whole, kp_detector=path)
+    assert not mark.exists()
+
+
+def test_files_that_end_early(tmp_path: Path) -> None:
+    path = saved(tmp_path / "f.pth.tar", fomm_file())
+    whole = path.read_bytes()
+    for size in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match="not a file of tensors alone") as raised:
+            import_upstream(path)
+        assert raised.value.subject == str(path)
+
+
+@pytest.mark.parametrize(
+    ("side", "message"),
+    [
+        # 4 px of a map that has to divide by 4, less the heads' 6: no pixel left.
+        (8, "images of 8 px at scale 0.5 leave maps of -2 px"),
+        (250, r"a side of 125 px \(250 \* 0.5\) does not divide by 2\*\*2"),
+    ],
+)
+def test_a_resolution_that_the_networks_do_not_have(
+    tmp_path: Path, side: int, message: str
+) -> None:
+    config = configuration(tmp_path / "c.yaml", SMALL, side=side, name="taichi")
+    with pytest.raises(CheckpointError, match=message) as raised:
+        _imported(fomm_file(), config=config)
+    assert raised.value.code == "checkpoint_mismatch"
+
+
 def test_wrong_arguments(tmp_path: Path) -> None:
     path = saved(tmp_path / "f.pth.tar", fomm_file())
     with pytest.raises(CheckpointError, match="holds a fomm checkpoint, not keypoint-mask"):
