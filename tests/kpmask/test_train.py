@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kpmask.config import TrainJob, resolve_job
 from kpmask.device import Precision, training_precision
-from kpmask.errors import CheckpointError, RunFailed
+from kpmask.errors import CheckpointError, ConfigError, RunFailed
 from kpmask.models.base import Batch
 from kpmask.optim import build_optimizer, learning_rate_factor
 from kpmask.train import (
@@ -39,15 +39,19 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-def job(**overrides: Any) -> TrainJob:
+def job(system: str = "heatmap", **overrides: Any) -> TrainJob:
     texts = [f"{key}={value}" for key, value in overrides.items()]
     return resolve_job(
-        TrainJob, preset="debug", overrides=texts, flags={"data": "unused", "out": "unused"}
+        TrainJob,
+        preset="debug",
+        overrides=texts,
+        flags={"data": "unused", "out": "unused"},
+        systems=[system],
     )
 
 
-def plans(**overrides: Any) -> tuple[PhasePlan, ...]:
-    return plan_phases(job(**overrides), pairs_per_epoch=1000)
+def plans(system: str = "heatmap", **overrides: Any) -> tuple[PhasePlan, ...]:
+    return plan_phases(job(system, **overrides), pairs_per_epoch=1000)
 
 
 def batches(count: int, size: int = 4) -> list[Batch]:
@@ -345,6 +349,34 @@ def test_a_detector_that_does_not_fit_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"kp\.weight") as error:
         trainer(second, before={f"detector.{key}": value for key, value in detector.items()})
     assert error.value.code == "checkpoint_mismatch"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("detector.num_keypoints", 10, "its detector differs from the one before"),
+        ("detector.scale_factor", 0.5, "its detector differs from the one before"),
+        ("image_size_px", 64, r"phases differ in image_size_px: \[32, 64\]"),
+    ],
+)
+def test_phases_that_do_not_follow_each_other_are_refused(
+    key: str, value: float, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plans(**{f"phases.1.model.{key}": value})
+
+
+def test_weights_that_do_not_fit_are_refused() -> None:
+    first, second = plans("fomm-adv")
+    _, more = plans("fomm-adv", **{"phases.1.model.detector.num_keypoints": 10})
+    before = weights(initial_system(first, seed=0))
+    initial_system(second, seed=0, before=before)
+    of_another_system = {f"low_resolution.{key}": value for key, value in before.items()}
+    for plan, taken in ((more, before), (second, of_another_system)):
+        with pytest.raises(CheckpointError, match="the weights do not fit") as error:
+            initial_system(plan, seed=0, before=taken)
+        assert error.value.subject == "fomm-adv"
+        assert error.value.code == "checkpoint_mismatch"
 
 
 def test_fresh_weights_follow_the_seed_and_leave_the_random_state_alone() -> None:
