@@ -14,6 +14,7 @@ import typer
 import kpmask
 from flows import console
 from kpmask import config
+from kpmask.errors import ConfigError
 from kpmask.model_config import Part
 
 app = typer.Typer(
@@ -158,6 +159,9 @@ def train(
     overrides: Overrides = None,
     workers: Annotated[int | None, typer.Option(help="Training processes.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="End every phase after so many.")] = None,
+    system: Annotated[
+        str | None, typer.Option(help="Which of the preset's systems; default: its first.")
+    ] = None,
     resume: Annotated[
         bool | None, typer.Option("--resume/--no-resume", help="Go on where the run stopped.")
     ] = None,
@@ -171,13 +175,18 @@ def train(
         kpmask train --preset taichi256 --data data/taichi --out runs/taichi --workers 4
 
         kpmask train --preset debug --data data/mine --out runs/try --set seed=1
+
+        kpmask train --preset taichi256 --system refined --data data/taichi --out runs/refined
     """
+    if system is not None and preset is None:
+        raise ConfigError("it names a system of a preset: give --preset", subject="--system")
     resolved = config.resolve_job(
         config.TrainJob,
         preset=preset,
         job_file=job,
         overrides=overrides or (),
         flags={"data": data, "out": out, "num_workers": workers, "resume": resume},
+        systems=None if system is None else [system],
     )
     if max_steps is not None:
         phases = [phase.model_copy(update={"max_steps": max_steps}) for phase in resolved.phases]
@@ -199,7 +208,9 @@ def train(
 
 @app.command()
 def animate(
-    checkpoint: Annotated[str, typer.Option(help="A weights file of `train` or `import`.")],
+    checkpoint: Annotated[
+        str, typer.Option(help="A weights file of `train` or `import`, or a bundled name: demo.")
+    ],
     out: Annotated[str, typer.Option(help="A .mp4 file for one pair, else a folder or s3://.")],
     source: Annotated[str | None, typer.Option(help="One image.")] = None,
     driving: Annotated[str | None, typer.Option(help="One video.")] = None,
@@ -230,7 +241,7 @@ def animate(
 
     Examples:
 
-        kpmask animate --checkpoint w.safetensors --source me.jpg --driving dance.mp4 --out out.mp4
+        kpmask animate --checkpoint demo --source me.jpg --driving dance.mp4 --out out.mp4
 
         kpmask animate --checkpoint w.safetensors --catalog pairs.csv --out s3://bucket/shop
 
@@ -279,7 +290,9 @@ def animate(
 @app.command()
 def evaluate(
     out: Out,
-    checkpoint: Annotated[str | None, typer.Option(help="A weights file, with --data.")] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="A weights file or a bundled name, with --data.")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="A dataset with a test split.")] = None,
     generated: Annotated[
         str | None, typer.Option(help="A folder of videos, with --reference.")
@@ -330,6 +343,72 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    data: Annotated[str, typer.Option(help="A dataset that `kpmask preprocess` made.")],
+    out: Out,
+    preset: Preset = None,
+    systems: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated, of the preset's; default: all but fomm-adv."),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="The budget of each system, all its phases together.")
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="The same in minutes of training, measured at the start.")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Comma-separated; default: 0.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    job: JobFile = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train systems on the same data with the same budget, and score them side by side.
+
+    Examples:
+
+        kpmask compare --preset actions64 --data data/actions --out compared --minutes 30
+
+        kpmask compare --preset debug --systems fomm,heatmap --steps 8 --data data/mine --out try
+    """
+    if preset is None:
+        raise ConfigError("the systems are a preset's: give --preset", subject="preset")
+    listed = config.compared_systems(preset)
+    resolved = config.resolve_job(
+        config.CompareJob,
+        preset=preset,
+        job_file=job,
+        overrides=overrides or (),
+        flags={
+            "data": data,
+            "out": out,
+            "steps": steps,
+            "minutes": minutes,
+            "seeds": None if seeds is None else _numbers(seeds, "--seeds"),
+            "device": device,
+        },
+        systems=listed if systems is None else systems.split(","),
+    )
+    from flows import jobs
+
+    if dry_run:
+        _say_plan(resolved, jobs.plan_compare(resolved), as_json=as_json)
+        return
+    comparison = jobs.run_compare(resolved, quiet=as_json)
+    console.show(
+        jobs.as_result(comparison), as_json=as_json, lines=jobs.comparison_lines(comparison)
+    )
+
+
+def _numbers(text: str, subject: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{text!r} is not numbers and commas", subject=subject) from None
+
+
+@app.command()
 def demo(
     out: Annotated[str, typer.Option("--out", help="Folder for everything that it makes.")] = (
         "demo-out"
@@ -363,7 +442,7 @@ def demo(
 
 @app.command()
 def report(
-    uri: Annotated[str, typer.Argument(help="A dataset, run, animation or evaluation.")],
+    uri: Annotated[str, typer.Argument(help="A dataset, run, animation, evaluation or comparison.")],
 ) -> None:
     """Write the page of a finished job again from its manifests.
 
@@ -378,7 +457,8 @@ def report(
 
 @checkpoint_app.command("info")
 def checkpoint_info(
-    file: Annotated[Path, typer.Argument(help="A weights file.")], as_json: AsJson = False
+    file: Annotated[str, typer.Argument(help="A weights file, or the name of bundled ones.")],
+    as_json: AsJson = False,
 ) -> None:
     """What a weights file holds.
 
@@ -386,10 +466,66 @@ def checkpoint_info(
 
         kpmask checkpoint info weights.safetensors
     """
+    from kpmask.bundled import locate
     from kpmask.checkpoint import describe
 
-    found = describe(file)
+    found = describe(locate(file))
     console.show(found, as_json=as_json, lines=[f"{k}: {v}" for k, v in found.items()])
+
+
+@checkpoint_app.command("list")
+def checkpoint_list(as_json: AsJson = False) -> None:
+    """The weights that come with kpmask: what `--checkpoint` takes by name.
+
+    Examples:
+
+        kpmask checkpoint list
+    """
+    from kpmask import bundled
+
+    found = bundled.entries()
+    lines = [bundled.names_hint()] if not found else []
+    for name, entry in found.items():
+        scores = ", ".join(f"{metric} {value:.4f}" for metric, value in entry.scores.items())
+        lines += [
+            f"{name}: {entry.system}, {entry.image_size_px} px, {entry.parameters:,} parameters, "
+            f"{entry.size_bytes / 1e6:.1f} MB",
+            f"    sha256  {entry.sha256}",
+            f"    made by {entry.command or 'an unrecorded command'}",
+            f"    scores  {scores or 'none'}",
+        ]
+    result = {name: entry.model_dump(mode="json") for name, entry in found.items()}
+    console.show(result, as_json=as_json, lines=lines)
+
+
+@checkpoint_app.command("release")
+def checkpoint_release(
+    src: Annotated[str, typer.Argument(help="A weights file of `train`.")],
+    out: Annotated[Path, typer.Option("--out", help="The small file to write.")],
+    name: Annotated[
+        str | None, typer.Option(help="List it under this name in index.toml beside it.")
+    ] = None,
+    command: Annotated[str, typer.Option(help="What made it, for the index.")] = "",
+    scores: Annotated[
+        str | None, typer.Option(help="An output of `evaluate`, for the index.")
+    ] = None,
+    max_mb: Annotated[float, typer.Option(help="Refuse to write a longer file.")] = 12.0,
+) -> None:
+    """Make a small file for shipping: float16, without what only training needs.
+
+    Examples:
+
+        kpmask checkpoint release run/weights.safetensors --out small.safetensors
+    """
+    from tasks.release import release
+
+    made = release(
+        src, out, name=name, command=command, scores=scores, max_bytes=round(max_mb * 1e6)
+    )
+    typer.echo(
+        f"{out}: {made.size_bytes / 1e6:.2f} MB, sha256 {made.sha256}; "
+        f"frames differ by {255 * made.difference:.3f}/255 at most"
+    )
 
 
 @checkpoint_app.command("import")

@@ -118,6 +118,28 @@ def _perceptual() -> Check:
     return Check("features", "ok", text)
 
 
+def _weights() -> Check:
+    """Whether each of the bundled weights is the file that was released."""
+    from kpmask import bundled
+    from kpmask.errors import CheckpointError
+
+    mend = "pip install --force-reinstall kpmask"
+    try:
+        found = bundled.entries()
+    except CheckpointError as error:
+        return Check("weights", "bad", str(error), mend)
+    if not found:
+        return Check("weights", "note", "none are bundled", mend)
+    problems = []
+    for name, entry in found.items():
+        if (problem := bundled.check(bundled.folder() / entry.file, entry)) is not None:
+            problems.append(f"{name}: {problem}")
+    if problems:
+        return Check("weights", "bad", "; ".join(problems), mend)
+    names = ", ".join(f"{n} ({e.system}, {e.image_size_px} px)" for n, e in found.items())
+    return Check("weights", "ok", f"{names}: checksums right")
+
+
 def _answers(url: str, default_port: int) -> bool:
     parts = urlsplit(url)
     try:
@@ -190,6 +212,7 @@ CHECKS: Sequence[Callable[[], Check]] = (
     _ffmpeg,
     _downloader,
     _perceptual,
+    _weights,
     _prefect,
     _ray,
     _store,

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from scipy.spatial import ConvexHull, QhullError
 from torch import Tensor
 
-from kpmask import checkpoint
+from kpmask import bundled, checkpoint
 from kpmask.errors import ConfigError
 from kpmask.media import images
 from kpmask.models.base import AnimationSystem, State
@@ -86,13 +86,18 @@ class Animator:
 
     @classmethod
     def load(cls, weights: str | Path, *, device: str = "auto") -> Self:
-        """An animator from a weights file.
+        """An animator from bundled weights or a weights file.
+
+        Args:
+            weights: a text without separator or suffix is the name of bundled weights ("demo");
+                any other, and every `Path`, is a file.
+            device: auto (a GPU where there is one), cpu, cuda or cuda:N.
 
         Raises:
-            CheckpointError: the file is absent, broken or no weights file.
+            CheckpointError: there is no such name or file, or it is broken or no weights file.
             ConfigError: there is no such device.
         """
-        loaded = checkpoint.load(Path(weights))
+        loaded = checkpoint.load(bundled.locate(weights))
         return cls(loaded.system, device=device, weights_sha256=loaded.sha256)
 
     @property

@@ -31,6 +31,8 @@ from kpmask.models.base import AnimationSystem
 
 FORMAT = "kpmask-1"
 MAX_LISTED = 6
+MAX_RELEASE_BYTES = 12_000_000
+_OF_THE_RUN = frozenset({"run_id", "settings_digest"})  # mean nothing elsewhere
 _MODEL: TypeAdapter[AnyModel] = TypeAdapter(ModelConfig)
 
 
@@ -49,12 +51,25 @@ class LoadedCheckpoint:
     sha256: str
 
 
-def save(path: Path, system: AnimationSystem[Any, Any], info: Mapping[str, Any]) -> str:
+def save(
+    path: Path,
+    system: AnimationSystem[Any, Any],
+    info: Mapping[str, Any],
+    *,
+    half: bool = False,
+    max_bytes: int | None = None,
+) -> str:
     """Write a system's weights and settings, whole or not at all; the file's SHA-256 in hex.
 
     Args:
         path: the file to write or replace. system: on any device.
         info: JSON values to keep beside the weights.
+        half: parameters in float16, which makes the file half as long; `load` brings them back to
+            float32. Buffers stay as they are: batch statistics may be too small or too large.
+        max_bytes: refuse to write anything longer.
+
+    Raises:
+        CheckpointError: float16 cannot hold a parameter, or the file would be too long.
     """
     document = {
         "format": FORMAT,
@@ -64,10 +79,69 @@ def save(path: Path, system: AnimationSystem[Any, Any], info: Mapping[str, Any])
     # One entry: the library writes several in random order, and equal weights must be equal bytes.
     metadata = {"kpmask": json.dumps(document, sort_keys=True)}
     tensors = {k: v.detach().cpu().contiguous() for k, v in system.state_dict().items()}
+    if half:
+        parameters = [name for name, _ in system.named_parameters(remove_duplicate=False)]
+        tensors |= {name: _halved(name, tensors[name], path) for name in parameters}
     path.parent.mkdir(parents=True, exist_ok=True)
     with _replacing(path) as part:
         save_file(tensors, part, metadata=metadata)
+        _check_length(part, max_bytes, subject=str(path))
         return _sha256(part)
+
+
+def _halved(name: str, tensor: Tensor, path: Path) -> Tensor:
+    half = tensor.half()
+    if not torch.isfinite(half).all():
+        largest = torch.finfo(torch.float16).max
+        raise CheckpointError(
+            f"{name} holds NaN or a value beyond {largest:g}, which float16 cannot hold",
+            subject=str(path),
+        )
+    return half
+
+
+def _check_length(path: Path, max_bytes: int | None, *, subject: str) -> None:
+    size_bytes = path.stat().st_size
+    if max_bytes is not None and size_bytes > max_bytes:
+        raise CheckpointError(
+            f"would have {size_bytes / 1e6:.2f} MB, more than {max_bytes / 1e6:g} MB",
+            subject=subject,
+            hint="train a narrower model, or raise the limit",
+        )
+
+
+def release(src: Path, out: Path, *, max_bytes: int = MAX_RELEASE_BYTES) -> LoadedCheckpoint:
+    """Make a small file for shipping: float16, and only what animates.
+
+    A discriminator is left out, with its settings; of the information what says how the weights
+    came to be stays, without the run's own names.
+
+    Args:
+        src: a file written by `save`. out: the file to write or replace.
+        max_bytes: refuse to write anything longer.
+
+    Returns:
+        The new file, read back.
+
+    Raises:
+        CheckpointError: `src` cannot be read, float16 cannot hold its weights, or the result is
+            too long.
+    """
+    loaded = load(src)
+    info = {key: value for key, value in loaded.info.items() if key not in _OF_THE_RUN}
+    info["made_from"] = loaded.sha256
+    save(out, _generating(loaded.system), info, half=True, max_bytes=max_bytes)
+    return load(out)
+
+
+def _generating(system: AnimationSystem[Any, Any]) -> AnimationSystem[Any, Any]:
+    """The same system without what only training needs."""
+    if getattr(system.config, "discriminator", None) is None:
+        return system
+    bare = build_system(system.config.model_copy(update={"discriminator": None}))
+    tensors = system.state_dict()
+    bare.load_state_dict({key: tensors[key] for key in bare.state_dict()})
+    return bare.eval()
 
 
 @contextlib.contextmanager

@@ -59,6 +59,7 @@ from tasks.render import (
     with_sound,
 )
 from tasks.storage import ObjectStore, absolute
+from tasks.weights import local_weights
 
 log = logging.getLogger(__name__)
 
@@ -335,7 +336,7 @@ def animate_pair(job: AnimateJob, *, on_progress: OnProgress | None = None) -> E
         raise ConfigError("the result of one pair is an .mp4 file", subject="out")
     store, key = storage.open_object(absolute(job.out))
     settings = WorkerSettings.of(job)
-    animator = Animator.load(storage.local_copy(job.checkpoint), device=job.device)
+    animator = Animator.load(local_weights(job.checkpoint), device=job.device)
     Transfer(job.motion, job.adapt_scale, job.best_frame).check(animator.system)
     with (
         local_media(absolute(job.source)) as source,

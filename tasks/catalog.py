@@ -28,6 +28,7 @@ from kpmask.models.base import AnimationSystem
 from kpmask.records import AnimationItem, CatalogRow, Failure, digest
 from tasks import storage
 from tasks.storage import ObjectStore, absolute
+from tasks.weights import local_weights
 
 RESULT_VERSION: Final = 1  # raise it when the same inputs give another video
 HASH_THREADS: Final = 8
@@ -53,7 +54,7 @@ def plan_catalog(job: AnimateJob) -> CatalogPlan:
         CheckpointError: the weights cannot be read.
         StorageError: a store denies or does not answer.
     """
-    loaded = checkpoint.load(storage.local_copy(job.checkpoint))
+    loaded = checkpoint.load(local_weights(job.checkpoint))
     _check_motion(job, loaded.system)
     rows, failures = _rows(job)
     rows, unsupported = _supported(rows, loaded.system)

@@ -56,7 +56,7 @@ from kpmask.records import (
     digest,
 )
 from kpmask.report import GalleryMedia, evaluation_page
-from tasks import storage
+from tasks import storage, weights
 from tasks.catalog import ID_LENGTH, content_digest, failure_of, local_media
 from tasks.cluster import Worker, ray_session, run_items
 from tasks.dataset import open_identified_dataset
@@ -117,7 +117,7 @@ class ScoreSettings:
     def of(cls, job: EvaluateJob) -> ScoreSettings:
         return cls(
             out=absolute(job.out),
-            checkpoint=absolute(job.checkpoint) if job.checkpoint else "",
+            checkpoint=weights.reference(job.checkpoint) if job.checkpoint else "",
             data=absolute(job.data) if job.data else "",
             device=job.device,
             batch_size=job.batch_size,
@@ -208,7 +208,7 @@ def _planned(job: EvaluateJob) -> ScorePlan:
     if job.checkpoint is None:
         pairs, failures = _video_pairs(job)
         return ScorePlan(tuple(pairs), tuple(failures), metrics, "", "", "")
-    loaded = checkpoint.load(storage.local_copy(job.checkpoint))
+    loaded = checkpoint.load(weights.local_weights(job.checkpoint))
     clips, dataset_id = _dataset_clips(job)
     side_px = loaded.config.image_size_px
     for clip in clips:
@@ -344,7 +344,7 @@ class ClipWorker:
     def __init__(self, settings: ScoreSettings) -> None:
         self._settings = settings
         self._animator = Animator.load(
-            storage.local_copy(settings.checkpoint), device=settings.device
+            weights.local_weights(settings.checkpoint), device=settings.device
         )
         self._dataset = Dataset((), fetch=storage.open_store(settings.data).local)
         self._scorer = _Scorer(settings)

@@ -28,6 +28,7 @@ from kpmask.records import AnimationItem, AnimationRecord, EncodedVideo, Feature
 from tasks import storage
 from tasks.catalog import ID_LENGTH, local_media
 from tasks.storage import ObjectStore, absolute
+from tasks.weights import local_weights, reference
 
 FRAMES_PER_PART: Final = 256
 FEATURES: Final = "features"
@@ -48,7 +49,7 @@ class WorkerSettings:
     @classmethod
     def of(cls, job: AnimateJob) -> WorkerSettings:
         return cls(
-            checkpoint=absolute(job.checkpoint),
+            checkpoint=reference(job.checkpoint),
             out=absolute(job.out),
             device=job.device,
             batch_size=job.batch_size,
@@ -260,7 +261,7 @@ class RenderWorker:
 
 
 def _load(settings: WorkerSettings) -> Animator:
-    return Animator.load(storage.local_copy(settings.checkpoint), device=settings.device)
+    return Animator.load(local_weights(settings.checkpoint), device=settings.device)
 
 
 def open_driving(path: Path, settings: WorkerSettings, animator: Animator) -> DrivingVideo:

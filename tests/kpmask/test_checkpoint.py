@@ -19,12 +19,14 @@ from kpmask import checkpoint
 from kpmask.errors import CheckpointError
 from kpmask.model_config import (
     DenseMotion,
+    Discriminator,
     FommGenerator,
     FommModel,
     Hourglass,
     KeypointDetector,
     KeypointMaskModel,
     LowResolution,
+    X2FaceModel,
 )
 from kpmask.models import build_system
 
@@ -211,6 +213,10 @@ CHANGES: dict[str, tuple[Change, str]] = {
         lambda t, d: d["config"]["high_resolution"].update(block_expansion=5),
         "of another shape: high_resolution",
     ),
+    "another resolution": (
+        lambda t, d: d["config"].update(image_size_px=250),
+        "no model's: .*a side of 125 px",
+    ),
     "unknown setting": (lambda t, d: d["config"].update(x=1), "no model's: .*x: Extra inputs"),
     "unknown system": (lambda t, d: d["config"].update(system="x"), "no model's"),
     "no settings": (lambda t, d: d.pop("config"), "no model's"),
@@ -248,6 +254,67 @@ def test_damaged_files(saved: Path) -> None:
             assert error.subject == str(saved)
 
 
+# --- small files for shipping ----------------------------------------------------------------
+
+
+def test_float16_parameters_and_float32_statistics(saved: Path) -> None:
+    system = build_system(KEYPOINT_MASK)
+    statistics = {name: buffer for name, buffer in system.named_buffers()}
+    for name, buffer in statistics.items():
+        if name.endswith("running_var"):
+            buffer.fill_(1e-9 if "first" in name else 3e6)  # nothing that float16 could hold
+    long_bytes = saved.stat().st_size
+    checkpoint.save(saved, system, {}, half=True)
+    assert saved.stat().st_size < 0.6 * long_bytes
+    stored = load_file(saved)
+    for name, parameter in system.named_parameters():
+        assert torch.equal(stored[name], parameter.half())
+    assert all(torch.equal(stored[name], buffer) for name, buffer in statistics.items())
+    loaded = checkpoint.load(saved).system.state_dict()
+    assert all(loaded[k].dtype == v.dtype for k, v in system.state_dict().items())
+    assert torch.equal(loaded[KEY], stored[KEY].float())
+
+
+@pytest.mark.parametrize("value", [65_520.0, -1e9, float("inf"), float("nan")])
+def test_what_float16_cannot_hold_is_refused(saved: Path, value: float) -> None:
+    before = saved.read_bytes()
+    system = build_system(KEYPOINT_MASK)
+    with torch.no_grad():
+        system.get_parameter(KEY)[0, 0, 0, 0] = value
+    with pytest.raises(CheckpointError, match=f"{KEY} holds NaN or a value beyond 65504"):
+        checkpoint.save(saved, system, {}, half=True)
+    assert saved.read_bytes() == before
+
+
+def test_a_release_holds_what_animates(tmp_path: Path) -> None:
+    training = FOMM.model_copy(
+        update={"discriminator": Discriminator(block_expansion=4, num_blocks=2, max_features=8)}
+    )
+    src, out = tmp_path / "run.safetensors", tmp_path / "new" / "small.safetensors"
+    info = {"run_id": "a", "settings_digest": "b", "seed": 3, "phases": [{"steps": 5}]}
+    made_from = checkpoint.save(src, build_system(training), info)
+    released = checkpoint.release(src, out)
+    assert released.config == FOMM
+    assert released.info == {"seed": 3, "phases": [{"steps": 5}], "made_from": made_from}
+    assert out.stat().st_size < 0.6 * src.stat().st_size
+    theirs, parameters = load_file(src), dict(released.system.named_parameters())
+    for key, value in released.system.state_dict().items():
+        wanted = theirs[key].half().float() if key in parameters else theirs[key]
+        assert torch.equal(value, wanted), key
+    assert not any(key.startswith("discriminator") for key in load_file(out))
+    assert [p.name for p in out.parent.iterdir()] == [out.name]
+
+
+def test_a_release_that_is_too_long(saved: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small.safetensors"
+    with pytest.raises(
+        CheckpointError, match=r"would have 0\.\d\d MB, more than 0\.01 MB"
+    ) as raised:
+        checkpoint.release(saved, out, max_bytes=10_000)
+    assert raised.value.subject == str(out)
+    assert not out.exists()
+
+
 # --- the detector of another checkpoint ------------------------------------------------------
 
 
@@ -264,3 +331,52 @@ def test_a_detector_for_the_next_phase(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"temperature is 0\.1, not 0\.2") as raised:
         checkpoint.load_detector(path, config=other)
     assert raised.value.code == "checkpoint_mismatch"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        # A preset that asks for more points than the checkpoint has; maps of another resolution.
+        ({"num_keypoints": 10}, "num_keypoints is 3, not 10"),
+        ({"scale_factor": 0.25}, "scale_factor is 0.5, not 0.25"),
+        (
+            {"block_expansion": 8, "head_padding": 3},
+            "expansion is 4, not 8; head_padding is 0, not 3",
+        ),
+    ],
+)
+def test_a_detector_of_other_settings(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    path = tmp_path / "fomm.safetensors"
+    checkpoint.save(path, build_system(FOMM), {})
+    with pytest.raises(CheckpointError, match=message) as raised:
+        checkpoint.load_detector(path, config=DETECTOR.model_copy(update=changes))
+    assert raised.value.code == "checkpoint_mismatch"
+    assert raised.value.subject == str(path)
+
+
+def test_a_detector_of_a_system_that_has_none(tmp_path: Path) -> None:
+    path = tmp_path / "x2face.safetensors"
+    x2face = X2FaceModel(image_size_px=32, block_expansion=2, max_features=4, driving_features=2)
+    checkpoint.save(path, build_system(x2face), {})
+    with pytest.raises(CheckpointError, match="a x2face system has no such keypoint detector"):
+        checkpoint.load_detector(path, config=DETECTOR)
+
+
+def test_a_detector_of_a_damaged_file(saved: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "was-run"
+    whole = saved.read_bytes()
+    cases = {
+        b"": "is empty",
+        pickle.dumps(Attack(mark)): "a pickle",
+        whole[:999]: "not a safetensors",
+    }
+    for content, message in cases.items():
+        saved.write_bytes(content)
+        with pytest.raises(CheckpointError, match=message):
+            checkpoint.load_detector(saved, config=DETECTOR)
+    saved.write_bytes(whole)
+    with pytest.raises(CheckpointError, match=f"{KEY} holds NaN"):
+        checkpoint.load_detector(changed(saved, CHANGES["NaN"][0]), config=DETECTOR)
+    assert not mark.exists()
