@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from flows.cli import app
-from kpmask import config
+from kpmask import bundled, config
 
 KPMASK = str(Path(sys.executable).with_name("kpmask"))
 
@@ -56,6 +57,8 @@ COMMANDS = (
     ["report"],
     ["checkpoint", "import"],
     ["checkpoint", "info"],
+    ["checkpoint", "list"],
+    ["checkpoint", "release"],
     ["deploy"],
     ["doctor"],
 )
@@ -174,6 +177,63 @@ def test_doctor_finds_servers_that_do_not_answer(monkeypatch: pytest.MonkeyPatch
     assert result.exit_code == 1
     assert result.stdout.count("does not answer") == 3
     assert "secret" not in result.stdout
+
+
+# --- bundled weights -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of bundled weights with one entry; the file is none that could be loaded."""
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    path = folder / "small.safetensors"
+    path.write_bytes(b"weights")
+    described = {
+        "sha256": hashlib.sha256(b"weights").hexdigest(),
+        "size_bytes": 7_000_000,
+        "system": "keypoint-mask",
+        "image_size_px": 64,
+        "parameters": 1234567,
+        "info": {"seed": 0},
+    }
+    bundled.enter(path, "small", described, command="make weights", scores={"l1": 0.02})
+    monkeypatch.setenv(bundled.VARIABLE, str(folder))
+    return folder
+
+
+def test_the_list_of_bundled_weights(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = run("checkpoint", "list").stdout
+    sha256 = bundled.entries()["small"].sha256
+    for found in ("small: keypoint-mask, 64 px", "7.0 MB", sha256, "make weights", "l1 0.0200"):
+        assert found in text
+    listed = json.loads(run("checkpoint", "list", "--json").stdout)
+    assert listed["small"]["made"] == {"seed": 0}
+    monkeypatch.setenv(bundled.VARIABLE, str(bundle / "none"))
+    assert "no weights are bundled here" in run("checkpoint", "list").stdout
+
+
+def test_doctor_verifies_the_bundled_weights(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def weights() -> dict[str, str]:
+        checks = json.loads(run("doctor", "--json").stdout)
+        (found,) = [check for check in checks if check["name"] == "weights"]
+        return found
+
+    assert weights()["verdict"] == "ok"
+    assert "small (keypoint-mask, 64 px)" in weights()["found"]
+    (bundle / "small.safetensors").write_bytes(b"others")
+    assert weights()["verdict"] == "bad"
+    assert "small: is not the file that was released" in weights()["found"]
+    (bundle / "index.toml").write_text("[")
+    assert weights()["verdict"] == "bad"
+    monkeypatch.setenv(bundled.VARIABLE, str(bundle / "none"))
+    assert weights()["verdict"] == "note"
+
+
+def test_an_unknown_name_tells_the_known_ones(bundle: Path) -> None:
+    said = refused("checkpoint", "info", "demmo")
+    assert "bundled weights: small" in said and "./demmo" in said
+    assert "code: weights_unavailable" in said
 
 
 def test_ctrl_c_is_130(tmp_path: Path) -> None:

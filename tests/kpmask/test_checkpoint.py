@@ -19,6 +19,7 @@ from kpmask import checkpoint
 from kpmask.errors import CheckpointError
 from kpmask.model_config import (
     DenseMotion,
+    Discriminator,
     FommGenerator,
     FommModel,
     Hourglass,
@@ -251,6 +252,67 @@ def test_damaged_files(saved: Path) -> None:
             checkpoint.load(saved)
         except CheckpointError as error:
             assert error.subject == str(saved)
+
+
+# --- small files for shipping ----------------------------------------------------------------
+
+
+def test_float16_parameters_and_float32_statistics(saved: Path) -> None:
+    system = build_system(KEYPOINT_MASK)
+    statistics = {name: buffer for name, buffer in system.named_buffers()}
+    for name, buffer in statistics.items():
+        if name.endswith("running_var"):
+            buffer.fill_(1e-9 if "first" in name else 3e6)  # nothing that float16 could hold
+    long_bytes = saved.stat().st_size
+    checkpoint.save(saved, system, {}, half=True)
+    assert saved.stat().st_size < 0.6 * long_bytes
+    stored = load_file(saved)
+    for name, parameter in system.named_parameters():
+        assert torch.equal(stored[name], parameter.half())
+    assert all(torch.equal(stored[name], buffer) for name, buffer in statistics.items())
+    loaded = checkpoint.load(saved).system.state_dict()
+    assert all(loaded[k].dtype == v.dtype for k, v in system.state_dict().items())
+    assert torch.equal(loaded[KEY], stored[KEY].float())
+
+
+@pytest.mark.parametrize("value", [65_520.0, -1e9, float("inf"), float("nan")])
+def test_what_float16_cannot_hold_is_refused(saved: Path, value: float) -> None:
+    before = saved.read_bytes()
+    system = build_system(KEYPOINT_MASK)
+    with torch.no_grad():
+        system.get_parameter(KEY)[0, 0, 0, 0] = value
+    with pytest.raises(CheckpointError, match=f"{KEY} holds NaN or a value beyond 65504"):
+        checkpoint.save(saved, system, {}, half=True)
+    assert saved.read_bytes() == before
+
+
+def test_a_release_holds_what_animates(tmp_path: Path) -> None:
+    training = FOMM.model_copy(
+        update={"discriminator": Discriminator(block_expansion=4, num_blocks=2, max_features=8)}
+    )
+    src, out = tmp_path / "run.safetensors", tmp_path / "new" / "small.safetensors"
+    info = {"run_id": "a", "settings_digest": "b", "seed": 3, "phases": [{"steps": 5}]}
+    made_from = checkpoint.save(src, build_system(training), info)
+    released = checkpoint.release(src, out)
+    assert released.config == FOMM
+    assert released.info == {"seed": 3, "phases": [{"steps": 5}], "made_from": made_from}
+    assert out.stat().st_size < 0.6 * src.stat().st_size
+    theirs, parameters = load_file(src), dict(released.system.named_parameters())
+    for key, value in released.system.state_dict().items():
+        wanted = theirs[key].half().float() if key in parameters else theirs[key]
+        assert torch.equal(value, wanted), key
+    assert not any(key.startswith("discriminator") for key in load_file(out))
+    assert [p.name for p in out.parent.iterdir()] == [out.name]
+
+
+def test_a_release_that_is_too_long(saved: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small.safetensors"
+    with pytest.raises(
+        CheckpointError, match=r"would have 0\.\d\d MB, more than 0\.01 MB"
+    ) as raised:
+        checkpoint.release(saved, out, max_bytes=10_000)
+    assert raised.value.subject == str(out)
+    assert not out.exists()
 
 
 # --- the detector of another checkpoint ------------------------------------------------------
