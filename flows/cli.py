@@ -388,7 +388,7 @@ def compare(
             "seeds": None if seeds is None else _numbers(seeds, "--seeds"),
             "device": device,
         },
-        systems=listed if systems is None else systems.split(","),
+        systems=listed if systems is None else [name.strip() for name in systems.split(",")],
     )
     from flows import jobs
 
@@ -442,7 +442,9 @@ def demo(
 
 @app.command()
 def report(
-    uri: Annotated[str, typer.Argument(help="A dataset, run, animation, evaluation or comparison.")],
+    uri: Annotated[
+        str, typer.Argument(help="A dataset, run, animation, evaluation or comparison.")
+    ],
 ) -> None:
     """Write the page of a finished job again from its manifests.
 

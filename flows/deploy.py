@@ -28,6 +28,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
 from prefect.types.entrypoint import EntrypointType
 
 from flows.animate import animate_flow
+from flows.compare import compare_flow
 from flows.engine import API_ERRORS
 from flows.evaluate import evaluate_flow
 from flows.pipeline import pipeline_flow
@@ -46,6 +47,7 @@ FLOWS: Final[Mapping[str, Flow[..., Any]]] = {
     "train": train_flow,
     "animate": animate_flow,
     "evaluate": evaluate_flow,
+    "compare": compare_flow,
     "pipeline": pipeline_flow,
 }
 

@@ -6,7 +6,7 @@ imported, and a command that needs no flow should not wait for it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,6 +15,7 @@ from kpmask import config
 from kpmask.model_config import Part
 from kpmask.records import (
     CatalogManifest,
+    Comparison,
     DatasetManifest,
     EncodedVideo,
     RunManifest,
@@ -22,7 +23,8 @@ from kpmask.records import (
 )
 
 if TYPE_CHECKING:
-    from kpmask.records import ScoreTable
+    from kpmask.records import ComparedValue, ScoreTable
+    from kpmask.report.comparison import Table, TableRow
 
 J = TypeVar("J", bound=Part)
 R = TypeVar("R")
@@ -62,6 +64,12 @@ def plan_animate(job: config.AnimateJob) -> list[str]:
 
 def plan_train(job: config.TrainJob) -> list[str]:
     from tasks.train import plan
+
+    return plan(job)
+
+
+def plan_compare(job: config.CompareJob) -> list[str]:
+    from tasks.compare import plan
 
     return plan(job)
 
@@ -119,6 +127,61 @@ def score_lines(scores: ScoreTable) -> list[str]:
         lines.append(f"trained against: {scores.perceptual}")
     lines.append(f"page: {scores.uri}/index.html")
     return lines
+
+
+def run_compare(job: config.CompareJob, *, quiet: bool) -> Comparison:
+    from flows.compare import compare_flow
+
+    console.say(f"perceptual features: {job.train.perceptual}")
+    comparison: Comparison = _run(compare_flow, job, quiet=quiet)
+    return comparison
+
+
+def comparison_lines(comparison: Comparison) -> list[str]:
+    """The tables as the papers print them, and the margins over the baseline."""
+    from kpmask.report.comparison import comparison_tables
+
+    lines = []
+    for table in comparison_tables(comparison):
+        lines += [table.title, _table_text(table, _mean), ""]
+        if table.name == "reconstruction":
+            title = f"Better than {comparison.baseline} by, percent [95 % interval over clips]"
+            lines += [title, _table_text(table, _margin), ""]
+    clips = "held out by identity" if comparison.held_out else "of the test split"
+    return [
+        *lines,
+        f"{comparison.budget}, batches of {comparison.batch_size}, on {comparison.device}",
+        f"scored on {len(comparison.test_clips)} clips {clips}; mean ± spread over clips",
+        f"trained against: {comparison.perceptual}",
+        f"page: {comparison.uri}/index.html",
+    ]
+
+
+def _table_text(table: Table, cell_text: Callable[[ComparedValue | None], str]) -> str:
+    costs = table.name == "reconstruction" and cell_text is _mean
+    names = [f"{m.name} {'(up)' if m.higher_is_better else '(down)'}" for m in table.metrics]
+    columns = ["", *names, *(("steps", "seconds", "s/step") if costs else ())]
+    rows = [
+        [row.label, *(cell_text(cell.value) for cell in row.cells), *(_cost(row) if costs else ())]
+        for row in table.rows
+    ]
+    return console.table(columns, rows)
+
+
+def _mean(value: ComparedValue | None) -> str:
+    return "-" if value is None else f"{value.mean:.4f} ± {value.std:.4f}"
+
+
+def _margin(value: ComparedValue | None) -> str:
+    if value is None or value.margin_percent is None:
+        return "-"
+    return f"{value.margin_percent:+.1f} [{value.margin_low:+.1f}, {value.margin_high:+.1f}]"
+
+
+def _cost(row: TableRow) -> tuple[str, str, str]:
+    if row.run is None:
+        return "-", "-", "-"
+    return str(row.run.steps), f"{row.run.seconds:.0f}", f"{row.run.seconds_per_step:.3f}"
 
 
 def run_demo(out: Path, *, preset: str, quiet: bool) -> Path:

@@ -199,11 +199,12 @@ def _value(
     means = [np.mean([s.value for s in scores if s.seed == seed]) for seed in seeds]
     both = [clip for clip in own_by_clip if clip in base_by_clip]
     margin = low = high = None
-    if both:
-        pairs = np.array([[own_by_clip[clip], base_by_clip[clip]] for clip in both])
+    own_V = np.array([own_by_clip[clip] for clip in both])
+    base_V = np.array([base_by_clip[clip] for clip in both])
+    if base_V.any():
         sign = 1 if higher_is_better else -1
-        margin = sign * margin_percent(pairs[:, 0], pairs[:, 1])
-        low, high = sorted(sign * value for value in margin_interval(pairs[:, 0], pairs[:, 1]))
+        margin = sign * margin_percent(own_V, base_V)
+        low, high = sorted(sign * value for value in margin_interval(own_V, base_V))
     return ComparedValue(
         metric=metric,
         mean=float(values.mean()),
@@ -225,19 +226,22 @@ def _over_seeds(scores: Sequence[ComparedScore]) -> dict[str, float]:
 
 
 def margin_percent(values_V: NDArray[np.float64], base_V: NDArray[np.float64]) -> float:
-    """How far the mean lies above the baseline's, in percent of that."""
+    """How far the mean lies above the baseline's, in percent of that, which is not 0."""
     base = float(base_V.mean())
-    return 100 * (float(values_V.mean()) - base) / abs(base) if base else 0.0
+    return 100 * (float(values_V.mean()) - base) / abs(base)
 
 
 def margin_interval(
     values_V: NDArray[np.float64], base_V: NDArray[np.float64], *, seed: int = 0
 ) -> tuple[float, float]:
-    """The 95 % interval of `margin_percent` over videos, the same ones drawn for both (paired)."""
+    """The 95 % interval of `margin_percent` over videos, the same ones drawn for both (paired).
+
+    Draws of videos in which the baseline's mean is 0 do not count.
+    """
     count = len(values_V)
     drawn = np.random.default_rng(seed).integers(count, size=(NUM_RESAMPLES, count))
     own, base = values_V[drawn].mean(1), base_V[drawn].mean(1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        margins = np.where(base == 0, 0.0, 100 * (own - base) / np.abs(base))
+    counted = base != 0
+    margins = 100 * (own[counted] - base[counted]) / np.abs(base[counted])
     low, high = np.percentile(margins, INTERVAL)
     return float(low), float(high)

@@ -382,7 +382,7 @@ class CompareJob(Part):
     max_clips: PositiveInt | None = None
     cross_pairs: Annotated[int, Field(ge=0)] = 24  # sources moved by another identity's video
     cross_frames: PositiveInt = 64  # of each driving video, from its start
-    device: str = "auto"  # for training and scoring; auto: a GPU where there is one
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
 
     @model_validator(mode="after")
     def _comparable(self) -> CompareJob:

@@ -14,6 +14,10 @@ from kpmask.errors import StorageError
 from kpmask.records import (
     AnimationRecord,
     CatalogManifest,
+    ComparedRow,
+    ComparedRun,
+    ComparedValue,
+    Comparison,
     DatasetManifest,
     Failure,
     MetricInfo,
@@ -26,6 +30,7 @@ from kpmask.records import (
 from kpmask.report import dataset_page
 from tasks import train_folder
 from tasks.animate import gallery
+from tasks.compare import page as compared_page
 from tasks.dataset import NUM_THUMBNAILS, open_dataset, thumbnails
 from tasks.evaluate import scores_page
 from tasks.manifest import read_json, read_table, read_table_if_any
@@ -35,10 +40,11 @@ PAGE: Final = "index.html"
 MANIFEST: Final = "manifest.parquet"
 FAILURES: Final = "failures.parquet"
 SUMMARY: Final = "summary.json"
+COMPARISON: Final = "comparison.json"
 
 
 def rebuild_page(uri: str) -> str:
-    """Write `index.html` of a dataset, run, catalog or evaluation again; returns its URI.
+    """Write `index.html` of what a job made again; returns its URI.
 
     Raises:
         StorageError: `not_found`: nothing that kpmask made is there.
@@ -49,7 +55,7 @@ def rebuild_page(uri: str) -> str:
             store.put(PAGE, page(store).encode())
             return f"{store.uri.rstrip('/')}/{PAGE}"
     raise StorageError(
-        "no dataset, run, catalog or evaluation is here",
+        "no dataset, run, catalog, evaluation or comparison is here",
         subject=uri,
         code="not_found",
         hint="give what a job got as --out",
@@ -92,6 +98,21 @@ def _score_table(values: Mapping[str, Any]) -> ScoreTable:
     return ScoreTable(**{**values, **parts})
 
 
+def _comparison(store: ObjectStore) -> str:
+    values = read_json(store, COMPARISON)
+    rows = (
+        {**row, "values": tuple(ComparedValue(**value) for value in row["values"])}
+        for row in values["rows"]
+    )
+    parts = {
+        "metrics": tuple(MetricInfo(**value) for value in values["metrics"]),
+        "runs": tuple(ComparedRun(**value) for value in values["runs"]),
+        "rows": tuple(ComparedRow(**row) for row in rows),
+        "test_clips": tuple(values["test_clips"]),
+    }
+    return compared_page(store, Comparison(**{**values, **parts}))
+
+
 def _catalog(store: ObjectStore) -> str:
     manifest = CatalogManifest(**read_json(store, SUMMARY))
     return gallery(manifest, read_table(store, MANIFEST, AnimationRecord), _failures(store))
@@ -101,6 +122,7 @@ def _catalog(store: ObjectStore) -> str:
 PAGES: Final[Mapping[str, Callable[[ObjectStore], str]]] = {
     "stats.json": _dataset,
     train_folder.RUN: _run,
+    COMPARISON: _comparison,
     "scores.parquet": _scores,
     SUMMARY: _catalog,
 }

@@ -37,7 +37,7 @@ MANIFEST: Final = "manifest.json"
 PAGE: Final = "index.html"
 
 # How and where a run is done does not shape its result; all other settings do.
-_NO_SETTINGS: Final = frozenset(
+NO_SETTINGS: Final = frozenset(
     {
         "data",
         "out",
@@ -87,9 +87,7 @@ def open_data(job: TrainJob) -> TrainingData:
     Raises:
         DatasetError: there is none, it has no training clips, or their size is not the model's.
     """
-    dataset, dataset_id = open_identified_dataset(
-        job.data, holdout_fraction=job.holdout_fraction
-    )
+    dataset, dataset_id = open_identified_dataset(job.data, holdout_fraction=job.holdout_fraction)
     train = tuple(dataset.partition("train"))
     if not train:
         raise DatasetError("no training clips", subject=job.data, code="dataset_too_small")
@@ -112,7 +110,7 @@ def _check_sizes(job: TrainJob, clips: tuple[ClipRecord, ...]) -> None:
 
 def settings(job: TrainJob, dataset_id: str) -> dict[str, Any]:
     """All that shapes the result, as JSON values."""
-    return {"dataset_id": dataset_id, **job.model_dump(mode="json", exclude=set(_NO_SETTINGS))}
+    return {"dataset_id": dataset_id, **job.model_dump(mode="json", exclude=set(NO_SETTINGS))}
 
 
 @dataclass(frozen=True)
@@ -144,7 +142,7 @@ class RunFolder:
             self._clear()
         elif old is not None and old.get("settings_digest") != self.settings_digest:
             raise ConfigError(
-                f"this run was made with other settings: {_differences(old, self.settings)}",
+                f"this run was made with other settings: {differences(old, self.settings)}",
                 subject=job.out,
                 hint="give another --out, or start over with --no-resume",
             )
@@ -206,7 +204,7 @@ def _phase_of(sample_key: str) -> str:
     return sample_key.rpartition("/")[2].rpartition("-step-")[0]
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """The first settings that differ, by name, with both values."""
     before, after = (dict(_flat(values)) for values in (old.get("settings") or {}, new))
     names = [n for n in {**before, **after} if before.get(n) != after.get(n)]

@@ -11,6 +11,7 @@
     run_page         loss curve, phases, samples, settings
     gallery_page     source, driving and result side by side, playing
     evaluation_page  methods x metrics, plots, scores of each video
+    comparison_page  systems x metrics, margins, ablations, curves, strips
     demo_page        the four parts on one front page
     loss_curve_svg   the curve of `run_page`
     picture_uri      an image array as a small `data:` URI
@@ -18,6 +19,7 @@
 
 from __future__ import annotations
 
+from kpmask.report.comparison import Curve, Strip, comparison_curves_svg, comparison_page
 from kpmask.report.dataset import dataset_page
 from kpmask.report.demo import Command, Link, demo_page
 from kpmask.report.evaluation import evaluation_page
@@ -27,8 +29,12 @@ from kpmask.report.run import loss_curve_svg, run_page
 
 __all__ = [
     "Command",
+    "Curve",
     "GalleryMedia",
     "Link",
+    "Strip",
+    "comparison_curves_svg",
+    "comparison_page",
     "dataset_page",
     "demo_page",
     "evaluation_page",

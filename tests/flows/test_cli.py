@@ -54,6 +54,7 @@ COMMANDS = (
     ["train"],
     ["animate"],
     ["evaluate"],
+    ["compare"],
     ["report"],
     ["checkpoint", "import"],
     ["checkpoint", "info"],
@@ -71,7 +72,7 @@ def test_every_command_has_help_with_an_example(command: list[str]) -> None:
     assert f"kpmask {' '.join(command)}" in result.stdout.split("Examples:")[1]
 
 
-@pytest.mark.parametrize("job", ["preprocess", "train", "animate", "evaluate"])
+@pytest.mark.parametrize("job", ["preprocess", "train", "animate", "evaluate", "compare"])
 def test_every_job_takes_the_common_options(job: str) -> None:
     text = run(job, "--help").stdout
     for option in ("--preset", "--job", "--set", "--dry-run", "--json", "--out"):

@@ -1,0 +1,262 @@
+"""One trained system on the held-out clips: its scores, and the frames that are shown of it.
+
+Beside each reconstruction stands the copy of the source; beside each cross-identity animation stand
+the source's own video and the driving video, which say what its scores are worth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kpmask import checkpoint
+from kpmask.animate import Animator, to_frames, to_tensor
+from kpmask.config import MetricName
+from kpmask.data.dataset import Dataset
+from kpmask.evaluate import FramePair, reconstruct, score_video, video_scores
+from kpmask.metrics import build_metrics
+from kpmask.metrics.foreground import transfer_scores
+from kpmask.model_config import Ablation
+from kpmask.models.refined_mask import RefinedMaskSystem
+from kpmask.records import ClipRecord, ComparedMethod, ComparedScore, Motion, Protocol
+
+Frames = NDArray[np.uint8]  # THWC RGB
+Pair = tuple[ClipRecord, ClipRecord]  # source and driving
+
+BATCH_FRAMES: Final = 16
+NUM_SHOWN: Final = 4  # clips and pairs
+SHOWN_FRAMES: Final = 48
+CROSS: Final[Mapping[Motion, Protocol]] = {
+    "absolute": "cross-absolute",
+    "relative": "cross-relative",
+}
+# The original reconstructs from the driver's own mask, neither perturbed nor refined.
+RECONSTRUCTED_AS: Final = "no_id"
+ANIMATED_AS: Final = "none"
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What every system is scored on."""
+
+    dataset: Dataset
+    clips: Sequence[ClipRecord]
+    pairs: Sequence[Pair]
+    metrics: Sequence[MetricName]
+    cross_frames: int
+    device: str
+
+    def shown_clips(self) -> list[ClipRecord]:
+        """The clips that strips show, spread over all."""
+        places = np.linspace(0, len(self.clips), NUM_SHOWN, endpoint=False).astype(int)
+        return [self.clips[place] for place in dict.fromkeys(places.tolist())]
+
+    def shown_pairs(self) -> Sequence[Pair]:
+        return self.pairs[:NUM_SHOWN]
+
+    def driving_frames(self, clip: ClipRecord) -> Frames:
+        return self.dataset.read(clip, slice(0, self.cross_frames))
+
+
+@dataclass(frozen=True)
+class SystemScores:
+    """What scoring a system found; `pictures` are frames by clip id or `pair_id`."""
+
+    scores: list[ComparedScore]
+    pictures: dict[str, Frames]
+    num_parameters: int
+    weights_sha256: str
+
+
+def pair_id(pair: Pair) -> str:
+    """A pair's name in tables and files."""
+    source, driving = pair
+    return f"{source.clip_id}-by-{driving.clip_id}"
+
+
+def score_system(
+    weights: Path,
+    scoring: Scoring,
+    *,
+    system: str,
+    seed: int,
+    on_done: Callable[[int, int], None] = lambda done, total: None,
+) -> SystemScores:
+    """Score the system in a weights file.
+
+    Args:
+        system, seed: what its rows are called.
+        on_done: called with how many videos are done, and of all.
+
+    Raises:
+        CheckpointError: the file cannot be read, or draws another size than the clips'.
+        DatasetError: what is stored is not what the manifest says.
+    """
+    loaded = checkpoint.load(weights)
+    animator = Animator(loaded.system, device=scoring.device, weights_sha256=loaded.sha256)
+    parameters = loaded.system.named_parameters()
+    work = _Work(scoring, _variants(animator), system, seed, on_done)
+    work.reconstruct()
+    work.cross()
+    return SystemScores(
+        scores=[score for score in work.scores if math.isfinite(score.value)],
+        pictures=work.pictures,
+        # A discriminator judges in training and draws nothing.
+        num_parameters=sum(p.numel() for n, p in parameters if not n.startswith("discriminator.")),
+        weights_sha256=loaded.sha256,
+    )
+
+
+def _variants(animator: Animator) -> dict[str, Animator]:
+    """The system as it is, or under each of its ablations."""
+    system = animator.system
+    if not isinstance(system, RefinedMaskSystem):
+        return {"": animator}
+    ablations: tuple[Ablation, ...] = get_args(Ablation)
+    return {
+        name: Animator(system.with_ablation(name), device=str(animator.device))
+        for name in ablations
+    }
+
+
+@dataclass
+class _Work:
+    """A system's way through clips and pairs."""
+
+    scoring: Scoring
+    variants: Mapping[str, Animator]
+    system: str
+    seed: int
+    on_done: Callable[[int, int], None]
+    scores: list[ComparedScore] = field(default_factory=list)
+    pictures: dict[str, Frames] = field(default_factory=dict)
+    num_done: int = 0
+
+    def __post_init__(self) -> None:
+        motions = next(iter(self.variants.values())).system.motions
+        self.motions = [motion for motion in CROSS if motion in motions]
+        each = len(self.scoring.clips) + len(self.scoring.pairs) * len(self.motions)
+        self.total = each * len(self.variants)
+
+    def _step(self) -> None:
+        self.num_done += 1
+        self.on_done(self.num_done, self.total)
+
+    def _is_main(self, variant: str, main: str) -> bool:
+        return variant in {"", main}
+
+    # --- reconstruction ---
+
+    def reconstruct(self) -> None:
+        metrics = build_metrics(self.scoring.metrics)
+        shown = {clip.clip_id for clip in self.scoring.shown_clips()}
+        for (variant, animator), clip in itertools.product(
+            self.variants.items(), self.scoring.clips
+        ):
+            main = self._is_main(variant, RECONSTRUCTED_AS)
+            kept: list[Frames] = []
+            pairs = _watched(reconstruct(animator, self._chunks(clip)), kept)
+            found = score_video(pairs, metrics, clip_id=clip.clip_id, name=clip.name)
+            for score in video_scores([found]):
+                if score.method == "model" or main:
+                    values = (score.metric, score.value, score.num_frames)
+                    self._add("reconstruction", variant, main, clip, score.method, values)
+            if main and clip.clip_id in shown:
+                self.pictures[clip.clip_id] = np.concatenate(kept)[:SHOWN_FRAMES]
+            self._step()
+
+    def _chunks(self, clip: ClipRecord) -> Iterator[Frames]:
+        for start in range(0, clip.num_frames, BATCH_FRAMES):
+            stop = min(start + BATCH_FRAMES, clip.num_frames)
+            yield self.scoring.dataset.read(clip, slice(start, stop))
+
+    # --- another identity's motion ---
+
+    def cross(self) -> None:
+        shown = {pair_id(pair) for pair in self.scoring.shown_pairs()}
+        for (variant, animator), motion, pair in itertools.product(
+            self.variants.items(), self.motions, self.scoring.pairs
+        ):
+            main = self._is_main(variant, ANIMATED_AS)
+            videos = tuple(self.scoring.driving_frames(clip) for clip in pair)
+            generated = animator.animate(videos[0][0], videos[1], motion=motion)
+            self._add_cross(CROSS[motion], variant, main, pair, "model", (generated, *videos))
+            if main and motion == "absolute":
+                self._add_references(pair, *videos)
+                if pair_id(pair) in shown:
+                    self.pictures[pair_id(pair)] = generated[:SHOWN_FRAMES]
+            self._step()
+
+    def _add_references(self, pair: Pair, source_THWC: Frames, driving_THWC: Frames) -> None:
+        count = min(len(source_THWC), len(driving_THWC))
+        both = (source_THWC[:count], driving_THWC[:count])
+        references: tuple[tuple[ComparedMethod, Frames], ...] = (
+            ("source", both[0]),
+            ("driving", both[1]),
+        )
+        for method, frames_THWC in references:
+            self._add_cross("cross-absolute", "", True, pair, method, (frames_THWC, *both))
+
+    def _add_cross(
+        self,
+        protocol: Protocol,
+        variant: str,
+        main: bool,
+        pair: Pair,
+        method: ComparedMethod,
+        videos: tuple[Frames, ...],
+    ) -> None:
+        found = transfer_scores(*(to_tensor(video) for video in videos))
+        for metric, value in found.items():
+            self._add(protocol, variant, main, pair, method, (metric, value, len(videos[0])))
+
+    # --- rows ---
+
+    def _add(
+        self,
+        protocol: Protocol,
+        variant: str,
+        main: bool,
+        of: ClipRecord | Pair,
+        method: ComparedMethod,
+        scored: tuple[str, float, int],
+    ) -> None:
+        """A row; an ablation that is the system's usual way gets one of that kind as well."""
+        by_model = method == "model"
+        clip_id, name = _names(of)
+        row = ComparedScore(
+            protocol=protocol,
+            system=self.system if by_model else "",
+            seed=self.seed if by_model else 0,
+            variant=variant if by_model else "",
+            clip_id=clip_id,
+            name=name,
+            metric=scored[0],
+            method=method,
+            value=scored[1],
+            num_frames=scored[2],
+        )
+        self.scores.append(row)
+        if row.variant and main:
+            self.scores.append(dataclasses.replace(row, variant=""))
+
+
+def _names(of: ClipRecord | Pair) -> tuple[str, str]:
+    if isinstance(of, ClipRecord):
+        return of.clip_id, of.name
+    return pair_id(of), f"{of[0].name} by {of[1].name}"
+
+
+def _watched(pairs: Iterable[FramePair], kept: list[Frames]) -> Iterator[FramePair]:
+    """The pairs; what was generated is put into `kept` on its way."""
+    for generated, reference in pairs:
+        kept.append(to_frames(generated))
+        yield generated, reference
