@@ -26,6 +26,7 @@ from tasks.manifest import read_table, read_table_if_any
 from tasks.storage import ObjectStore, open_store
 
 NUM_VIDEOS: Final = 36
+SEED: Final = 0  # the bundled weights were trained on videos of another
 PAGE: Final = "index.html"
 DATASET: Final = "dataset"
 RUN: Final = "run"
@@ -44,10 +45,19 @@ class DemoInputs:
     catalog: Path
 
 
-def draw_inputs(folder: Path, *, on_progress: Callable[[Progress], None]) -> DemoInputs:
+def draw_inputs(
+    folder: Path,
+    *,
+    num_videos: int = NUM_VIDEOS,
+    seed: int = SEED,
+    varied: bool = False,
+    on_progress: Callable[[Progress], None],
+) -> DemoInputs:
     """Draw the videos and the catalog; what is there already is kept."""
-    metadata = write_demo_videos(folder, num_videos=NUM_VIDEOS, on_progress=on_progress)
-    catalog = write_demo_catalog(folder, folder, num_videos=NUM_VIDEOS)
+    metadata = write_demo_videos(
+        folder, num_videos=num_videos, seed=seed, varied=varied, on_progress=on_progress
+    )
+    catalog = write_demo_catalog(folder, folder, num_videos=num_videos, seed=seed, varied=varied)
     return DemoInputs(metadata=metadata, raw=folder / "raw", catalog=catalog)
 
 

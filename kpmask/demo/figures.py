@@ -7,10 +7,11 @@ straight up. Legs are solved from where hip and foot are, so that feet stay plan
 
 from __future__ import annotations
 
+import colorsys
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from PIL import Image, ImageDraw
@@ -140,6 +141,52 @@ def random_person(rng: random.Random, skin: Colour) -> Person:
         shorts=rng.random() < 0.35,
     )
     return Person(body, look)
+
+
+def varied_person(rng: random.Random) -> Person:
+    """A person whose colours come from no palette and whose body from wider ranges.
+
+    People of the palettes are a small part of these, so that weights trained on them know clothes
+    and bodies that they have not seen.
+    """
+    look = random_person(rng, _between(rng, SKINS)).look
+    look = replace(
+        look,
+        hair=_between(rng, HAIRS) if rng.random() < 0.7 else any_colour(rng),
+        shirt=any_colour(rng),
+        accent=any_colour(rng),
+        trousers=any_colour(rng),
+        shoes=any_colour(rng),
+    )
+    wide = rng.uniform(0.8, 1.3)
+    body = Body(
+        head_radius=rng.uniform(0.098, 0.138),
+        torso=rng.uniform(0.27, 0.335),
+        shoulder=0.125 * wide,
+        hip=0.085 * wide * rng.uniform(0.9, 1.15),
+        arm=rng.uniform(0.15, 0.18),
+        leg=rng.uniform(0.21, 0.245),
+        arm_width=rng.uniform(0.066, 0.096),
+        leg_width=rng.uniform(0.088, 0.124),
+    )
+    return Person(body, look)
+
+
+def any_colour(rng: random.Random) -> Colour:
+    """Any hue, from black over grey to white as well."""
+    saturation = rng.uniform(0.0, 0.9) * rng.choice((0.3, 1.0, 1.0))
+    parts = colorsys.hsv_to_rgb(rng.random(), saturation, rng.uniform(0.12, 1.0))
+    red, green, blue = (round(255 * part) for part in parts)
+    return red, green, blue
+
+
+def _between(rng: random.Random, palette: Sequence[Colour]) -> Colour:
+    """A colour between two of a palette."""
+    first, second = rng.sample(palette, 2)
+    share = rng.random()
+    mixed = (round(a + share * (b - a)) for a, b in zip(first, second, strict=True))
+    red, green, blue = mixed
+    return red, green, blue
 
 
 # --- motions: a phase in radians, and a size, to a pose -----------------------------------------

@@ -5,34 +5,49 @@ from __future__ import annotations
 import colorsys
 import random
 from collections.abc import Callable
-from typing import Final
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from kpmask.demo.figures import Colour
+from kpmask.demo.figures import Colour, any_colour
 
 Scene = Callable[[random.Random, Image.Image, int], None]
 
-OUT_OF_FOCUS: Final = 0.015  # radius of the blur, in shorter sides
-CONTRAST: Final = 0.6
-PALENESS: Final = 0.75  # distance from white that is left
+
+@dataclass(frozen=True, slots=True)
+class Lens:
+    """How a scene is taken: soft and pale by default, as behind a portrait, since a model of
+    minutes needs the person to stand out.
+    """
+
+    out_of_focus: float = 0.015  # radius of the blur, in shorter sides
+    contrast: float = 0.6
+    paleness: float = 0.75  # distance from white that is left
 
 
-def draw_scene(rng: random.Random, size_px: tuple[int, int], ground_px: int) -> Image.Image:
-    """A background of `size_px` (width, height) whose floor begins above row `ground_px`."""
+def draw_scene(
+    rng: random.Random, size_px: tuple[int, int], ground_px: int, *, varied: bool = False
+) -> Image.Image:
+    """A background of `size_px` (width, height) whose floor begins above row `ground_px`.
+
+    With `varied` it is also of more kinds, from nearly sharp to blurred, and from dark to pale.
+    """
     image = Image.new("RGB", size_px)
-    rng.choice(SCENES)(rng, image, ground_px)
-    return _grained(_out_of_focus(image), rng)
+    rng.choice((*SCENES, _backdrop, _shapes) if varied else SCENES)(rng, image, ground_px)
+    return _grained(_taken(image, _any_lens(rng) if varied else Lens()), rng)
 
 
-def _out_of_focus(image: Image.Image) -> Image.Image:
-    """Soft and pale, as behind a portrait: a model of minutes needs the person to stand out."""
-    radius_px = OUT_OF_FOCUS * min(image.size)
+def _any_lens(rng: random.Random) -> Lens:
+    return Lens(rng.uniform(0.004, 0.02), rng.uniform(0.45, 0.95), rng.uniform(0.6, 1.0))
+
+
+def _taken(image: Image.Image, lens: Lens) -> Image.Image:
+    radius_px = lens.out_of_focus * min(image.size)
     soft = np.asarray(image.filter(ImageFilter.GaussianBlur(radius_px)), dtype=np.float32)
     mean = soft.mean(axis=(0, 1))
-    pale = mean + CONTRAST * (soft - mean)
-    return Image.fromarray((255 - PALENESS * (255 - pale)).clip(0, 255).astype(np.uint8))
+    pale = mean + lens.contrast * (soft - mean)
+    return Image.fromarray((255 - lens.paleness * (255 - pale)).clip(0, 255).astype(np.uint8))
 
 
 def _tint(hue: float, saturation: float, value: float) -> Colour:
@@ -227,6 +242,34 @@ def _tiles(rng: random.Random, image: Image.Image, ground_px: int) -> None:
         x, r = width * rng.choice((0.1, 0.9)), height * rng.uniform(0.06, 0.1)
         y = floor_px - r * 0.4
         draw.ellipse((x - r, y - r, x + r, y + r), fill=_tint(rng.random(), 0.7, 0.85))
+
+
+def _backdrop(rng: random.Random, image: Image.Image, ground_px: int) -> None:
+    """A studio: one sweep of colour, with or without a line where the floor begins."""
+    width, height = image.size
+    floor_px = ground_px - round(height * rng.uniform(0.06, 0.2))
+    top, low = any_colour(rng), any_colour(rng)
+    if rng.random() < 0.5:
+        _gradient(image, (0, 0, width, height), top, low)
+        return
+    _gradient(image, (0, 0, width, floor_px), top, top)
+    _gradient(image, (0, floor_px, width, height), low, low)
+
+
+def _shapes(rng: random.Random, image: Image.Image, ground_px: int) -> None:
+    """A wall with a painting of large shapes, and a floor."""
+    width, height = image.size
+    floor_px = ground_px - round(height * rng.uniform(0.06, 0.14))
+    wall = any_colour(rng)
+    image.paste(wall, (0, 0, width, height))
+    draw = ImageDraw.Draw(image)
+    for _ in range(rng.randint(4, 12)):
+        x, y = width * rng.random(), floor_px * rng.random()
+        rx, ry = width * rng.uniform(0.04, 0.2), height * rng.uniform(0.04, 0.2)
+        box = (x - rx, y - ry, x + rx, y + ry)
+        (draw.ellipse if rng.random() < 0.5 else draw.rectangle)(box, fill=any_colour(rng))
+    floor = any_colour(rng)
+    _gradient(image, (0, floor_px, width, height), floor, tuple(round(c * 0.8) for c in floor))  # type: ignore[arg-type]
 
 
 SCENES: tuple[Scene, ...] = (_room, _field, _street, _stage, _tiles)

@@ -16,7 +16,7 @@ import io
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Final
@@ -26,7 +26,15 @@ import numpy as np
 from PIL import Image
 
 from kpmask.config import MediaLimits
-from kpmask.demo.figures import MOTIONS, SKINS, Person, Stage, draw_person, random_person
+from kpmask.demo.figures import (
+    MOTIONS,
+    SKINS,
+    Person,
+    Stage,
+    draw_person,
+    random_person,
+    varied_person,
+)
 from kpmask.demo.scenes import draw_scene
 from kpmask.media.decode import frames
 from kpmask.media.encode import encode
@@ -87,6 +95,7 @@ class Take:
     start_s: float
     end_s: float
     reference: tuple[Fraction, float] | None  # its rate, and its size over the file's
+    varied: bool = False  # the person's size and place, the scene and the motion, too
 
     @property
     def file_name(self) -> str:
@@ -110,17 +119,33 @@ class Take:
     def stage(self) -> Stage:
         left, top, right, bottom = self.box_px
         side = bottom - top
-        return Stage(side / BOX, (left + right) / 2, bottom - 0.07 * side)
+        scale, shift, lift = self._place
+        x_px = (left + right) / 2 + shift * side
+        return Stage(scale * side / BOX, x_px, bottom - lift * side)
+
+    @property
+    def _place(self) -> tuple[float, float, float]:
+        """Size of the person over the largest that fits; steps aside and up, in sides."""
+        if not self.varied:
+            return 1.0, 0.0, 0.07
+        rng = _rng(f"{self.seed}/place")
+        scale = rng.uniform(0.76, 0.99)
+        room = 0.5 * (1.0 - scale)  # to stay in the box with arms and a leg spread
+        return scale, rng.uniform(-room, room), rng.uniform(0.04, 0.04 + 0.7 * (1.0 - scale))
 
 
-def plan_takes(num_videos: int, seed: int) -> list[Take]:
-    """The videos to film: two of each person, a quarter of the people (at least one) for testing.
+def plan_takes(num_videos: int, seed: int, *, varied: bool = False) -> list[Take]:
+    """The videos to film: two of each person, some people (at least one) for testing.
 
     Motions go round, so that each is seen in training and every held-out person does something
     that others did too.
+
+    Args:
+        varied: people from outside the palettes, of all sizes, before scenes of all kinds, and a
+            twelfth of them for testing, not a quarter: to train what is shown on others.
     """
     num_people = max(2, (num_videos + 1) // 2)
-    num_test = max(1, num_people // 4)
+    num_test = max(1, num_people // (12 if varied else 4))
     motions, takes = list(MOTIONS), []
     skins = _rng(seed).sample(SKINS, len(SKINS))
     for index in range(num_videos):
@@ -136,7 +161,9 @@ def plan_takes(num_videos: int, seed: int) -> list[Take]:
                 partition="test" if who >= num_people - num_test else "train",
                 motion=motion,
                 seed=rng.getrandbits(32),
-                person=random_person(_rng(f"{seed}/{who}"), skins[who % len(skins)]),
+                person=varied_person(_rng(f"{seed}/{who}"))
+                if varied
+                else random_person(_rng(f"{seed}/{who}"), skins[who % len(skins)]),
                 size_px=SIZES_PX[index % len(SIZES_PX)],
                 fps=RATES[(index + turn) % len(RATES)],
                 codec=(index + turn) % len(FORMATS),
@@ -144,6 +171,7 @@ def plan_takes(num_videos: int, seed: int) -> list[Take]:
                 start_s=rng.choice((0.0, 0.0, 0.2)),
                 end_s=duration_s - rng.choice((0.0, 0.1)),
                 reference=REFERENCES[index % len(REFERENCES)],
+                varied=varied,
             )
         )
     return takes
@@ -161,7 +189,8 @@ def film(take: Take) -> Iterator[np.ndarray]:
     rng = _rng(take.seed)
     width, height = (side * OVERSAMPLE for side in take.size_px)
     stage = take.stage
-    scene = draw_scene(rng, (width, height), round(stage.y_px * OVERSAMPLE))
+    ground_px = round(stage.y_px * OVERSAMPLE)
+    scene = draw_scene(rng, (width, height), ground_px, varied=take.varied)
     still = scene.reduce(OVERSAMPLE)
     left, top = take.box_px[:2]
     set_ = scene.crop(tuple(side * OVERSAMPLE for side in take.box_px))  # type: ignore[arg-type]
@@ -171,9 +200,17 @@ def film(take: Take) -> Iterator[np.ndarray]:
         (stage.y_px - top) * OVERSAMPLE,
     )
     tempo_hz, phase, size = rng.uniform(0.6, 0.95), rng.uniform(0, math.tau), rng.uniform(0.9, 1.1)
+    arms = None
+    if take.varied:
+        size *= rng.uniform(0.7, 1.0)
+        arms = MOTIONS[rng.choice(list(MOTIONS))]
     for index in range(take.num_frames):
         time_s = float(index / take.fps)
-        pose = MOTIONS[take.motion](phase + math.tau * tempo_hz * time_s, size)
+        angle = phase + math.tau * tempo_hz * time_s
+        pose = MOTIONS[take.motion](angle, size)
+        if arms is not None:
+            other = arms(angle, size)
+            pose = replace(pose, shoulders=other.shoulders, elbows=other.elbows)
         drawn = set_.copy()
         draw_person(drawn, close, take.person, pose)
         frame = still.copy()
@@ -235,6 +272,7 @@ def write_demo_videos(
     *,
     num_videos: int = 24,
     seed: int = 0,
+    varied: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Path:
     """Draw the demonstration's raw videos and their metadata table.
@@ -244,12 +282,13 @@ def write_demo_videos(
             exactly these, nothing is done.
         num_videos: good ones; there are two of each person.
         seed: which people, clothes, places and motions.
+        varied: see `plan_takes`.
         on_progress: told after each video.
 
     Returns:
         The metadata table's path.
     """
-    takes = plan_takes(num_videos, seed)
+    takes = plan_takes(num_videos, seed, varied=varied)
     table = _table([*map(_row, takes), *_broken_rows(takes)], COLUMNS)
     metadata, raw = out / "metadata.csv", out / "raw"
     names = [take.file_name for take in takes] + ["damaged-tape.mp4"]
@@ -278,6 +317,7 @@ def write_demo_catalog(
     *,
     num_videos: int = 24,
     seed: int = 0,
+    varied: bool = False,
     num_sources: int = 3,
     num_drivings: int = 4,
     size_px: int = 256,
@@ -285,7 +325,8 @@ def write_demo_catalog(
     """Cut images and driving videos out of the held-out people's videos, and list them in pairs.
 
     Args:
-        videos: the folder that `write_demo_videos` filled, with the same `num_videos` and `seed`.
+        videos: the folder that `write_demo_videos` filled.
+        num_videos, seed, varied: as it was told.
         out: gets `sources/*.png`, `drivings/*.mp4` (square, `size_px`) and, last, `catalog.csv`
             with the columns `source,driving,name` (paths relative to the table).
         num_sources: people to animate; nobody drives an image of their own.
@@ -294,7 +335,7 @@ def write_demo_catalog(
     Returns:
         The catalog's path. One of its rows names a file that does not exist.
     """
-    takes = plan_takes(num_videos, seed)
+    takes = plan_takes(num_videos, seed, varied=varied)
     test = [take for take in takes if take.partition == "test"]
     sources = list({take.person_id: take for take in test}.values())[:num_sources]
     # A single held-out person takes the motion of others.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
+import re
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,11 +18,13 @@ from kpmask.config import MediaLimits
 from kpmask.data.catalog import RowDefaults, read_catalog
 from kpmask.data.metadata import read_metadata
 from kpmask.demo import write_demo_catalog, write_demo_videos
-from kpmask.demo.figures import OUTLINE
+from kpmask.demo.figures import MOTIONS, OUTLINE
 from kpmask.demo.videos import BOX, FORMATS, film, plan_takes
 from kpmask.errors import MediaError
 from kpmask.media.probe import probe
 from kpmask.records import Progress
+from tasks.demo import NUM_VIDEOS as NUM_SHOWN
+from tasks.demo import SEED
 
 NUM_VIDEOS = 6  # three people; one is held out
 
@@ -63,6 +67,64 @@ def test_another_seed_gives_other_videos() -> None:
     first, other = plan_takes(4, seed=0)[0], plan_takes(4, seed=1)[0]
     assert first.person != other.person
     assert not np.array_equal(next(film(first)), next(film(other)))
+
+
+# --- what the bundled weights are trained on -------------------------------------------------
+
+TRAINING = {"num_videos": 240, "seed": 1, "varied": True}  # as `make weights` draws them
+
+
+def test_nobody_of_the_demonstration_is_in_the_training_of_the_bundled_weights() -> None:
+    """No person, no set of clothes, no place and no take of it; and no name of a held-out one."""
+    shown, training = plan_takes(NUM_SHOWN, seed=SEED), plan_takes(**TRAINING)
+    for own in (
+        lambda take: take.person.look,
+        lambda take: take.person.body,
+        lambda take: take.seed,  # which the scene follows from
+        lambda take: (take.person.look.shirt, take.person.look.trousers),
+    ):
+        assert not {own(take) for take in shown} & {own(take) for take in training}
+
+
+def test_the_weights_target_draws_videos_of_its_own() -> None:
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text(encoding="utf-8")
+    recipe = makefile.partition("\nweights:")[2].partition("\n\n")[0]
+    assert "--varied" in recipe
+    found = dict(re.findall(r"^WEIGHTS_(VIDEOS|SEED) \?= (\d+)$", makefile, flags=re.MULTILINE))
+    assert found == {"VIDEOS": str(TRAINING["num_videos"]), "SEED": str(TRAINING["seed"])}
+    assert TRAINING["seed"] != SEED
+
+
+def test_varied_takes_vary() -> None:
+    takes = plan_takes(**TRAINING)
+    test = [take for take in takes if take.partition == "test"]
+    assert len({take.video_id for take in takes}) == 240 and len(test) == 20
+    assert {take.motion for take in takes} == set(MOTIONS)
+    people = {take.person_id: take.person for take in takes}.values()
+    assert len(people) == 120
+    for part in ("skin", "shirt", "trousers"):
+        assert len({getattr(person.look, part) for person in people}) > 110
+    shirts = np.array([person.look.shirt for person in people])
+    assert (shirts.min(0) < 30).all() and (shirts.max(0) > 220).all()
+    heights = [take.stage.height_px / (take.box_px[2] - take.box_px[0]) for take in takes]
+    assert max(heights) / min(heights) > 1.25
+    middles = [
+        (take.stage.x_px - take.box_px[0]) / (take.box_px[2] - take.box_px[0]) for take in takes
+    ]
+    assert max(middles) - min(middles) > 0.1
+
+
+def test_varied_people_stay_in_their_box() -> None:
+    """What moves is drawn within the box, whole: hardly anything reaches its edge."""
+    for take in plan_takes(**TRAINING)[::40]:
+        left, top, right, bottom = take.box_px
+        frames = [f[top:bottom, left:right] for f in itertools.islice(film(take), 0, None, 6)]
+        moved_HW = np.ptp(np.stack(frames).astype(np.int16), axis=0).max(-1) > 60
+        assert moved_HW.mean() > 0.03, take.video_id
+        edge = np.concatenate(
+            [moved_HW[:2].ravel(), moved_HW[:, :2].ravel(), moved_HW[:, -2:].ravel()]
+        )
+        assert edge.mean() < 0.02, take.video_id
 
 
 def test_limbs_are_legible_at_64_px() -> None:
