@@ -29,7 +29,7 @@ def training_precision(settings: TrainSettings, device: torch.device | str) -> P
 
 def _has_bfloat16(device_type: str) -> bool:
     if device_type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device_type == "cpu":
         there = torch.cpu.get_capabilities()
         return bool(there.get("avx512_bf16") or there.get("amx_bf16"))

@@ -85,7 +85,9 @@ class RandomWarp:
         """The points' places after the warp, [B, N, 2]."""
         matrix_B122 = self.affine_B23[:, None, :, :2]
         moved_BN2 = transform(matrix_B122, points_BN2) + self.affine_B23[:, None, :, 2]
-        distance_BNC = (points_BN2[:, :, None] - self.control_C2).abs().sum(-1)
+        x_BNC = points_BN2[:, :, None, 0] - self.control_C2[:, 0]
+        y_BNC = points_BN2[:, :, None, 1] - self.control_C2[:, 1]
+        distance_BNC = x_BNC.abs() + y_BNC.abs()
         bend_BNC = distance_BNC.square() * torch.log(distance_BNC + 1e-6)
         return moved_BN2 + (bend_BNC * self.weight_BC[:, None]).sum(-1)[..., None]
 

@@ -221,11 +221,15 @@ class Trainer:
         self._optimizer.zero_grad(set_to_none=True)
         terms = self._gradients(batch)
         result = self._result(terms, phase.learning_rate * factor)
+        self._update()
+        self.step_number += 1
+        return result
+
+    def _update(self) -> None:
+        """Move the weights, and their average."""
         self._optimizer.step()
         if self._average is not None:
             self._average.update_parameters(self.system)
-        self.step_number += 1
-        return result
 
     def _gradients(self, batch: Batch) -> dict[str, Tensor]:
         """Add up the gradients of the batch's parts; the means of their loss terms."""

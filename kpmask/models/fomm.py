@@ -32,6 +32,7 @@ from kpmask.models.layers import (
     SameBlock,
     UpBlock,
     bottleneck,
+    convolved,
     coordinate_grid,
     gaussian_maps,
     inverse,
@@ -118,11 +119,11 @@ class DenseMotionNetwork(nn.Module):
         features_BCHW = self.hourglass(
             torch.cat([heatmap_BM1HW, warped_BMCHW], dim=2).flatten(1, 2)
         )
-        mask_BMHW = widened(self.mask(features_BCHW)).softmax(dim=1)
+        heads = [self.mask] if self.occlusion is None else [self.mask, self.occlusion]
+        logits_BMHW, *hidden = map(widened, convolved(features_BCHW, *heads))
+        mask_BMHW = logits_BMHW.softmax(dim=1)
         flow_BHW2 = (mask_BMHW[..., None] * motion_BMHW2).sum(dim=1)
-        if self.occlusion is None:
-            return flow_BHW2, None
-        return flow_BHW2, widened(self.occlusion(features_BCHW)).sigmoid()
+        return flow_BHW2, hidden[0].sigmoid() if hidden else None
 
 
 class OcclusionAwareGenerator(nn.Module):

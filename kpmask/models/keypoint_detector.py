@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from kpmask.errors import ConfigError
 from kpmask.model_config import KeypointDetector as DetectorConfig
-from kpmask.models.layers import AntiAlias, Hourglass, coordinate_grid, spatial_mean, widened
+from kpmask.models.layers import (
+    AntiAlias,
+    Hourglass,
+    convolved,
+    coordinate_grid,
+    spatial_mean,
+    widened,
+)
 
 HEAD_KERNEL_PX = 7
 
@@ -85,18 +92,26 @@ class KeypointDetector(nn.Module):
         return spatial_mean(heatmap_BKHW, coordinate_grid(height_px, width_px, like=heatmap_BKHW))
 
     def forward(self, image_BCHW: Tensor) -> Keypoints:
-        features_BCHW = self.predictor(self.down(image_BCHW))
-        logits_BKHW = widened(self.kp(features_BCHW))
-        heatmap_BKHW = self.heatmap(logits_BKHW)
-        jacobian_BK22 = None
-        if self.jacobian is not None:
-            jacobian_BK22 = _heatmap_mean(heatmap_BKHW, widened(self.jacobian(features_BCHW)))
+        if self.jacobian is None:
+            logits_BKHW, jacobian_BK22 = self.logits(image_BCHW), None
+            heatmap_BKHW = self.heatmap(logits_BKHW)
+        else:
+            features_BCHW = self.predictor(self.down(image_BCHW))
+            logits_BKHW, maps_BCHW = map(widened, convolved(features_BCHW, self.kp, self.jacobian))
+            heatmap_BKHW = self.heatmap(logits_BKHW)
+            jacobian_BK22 = _heatmap_mean(heatmap_BKHW, maps_BCHW)
         return Keypoints(logits_BKHW, heatmap_BKHW, self.points(heatmap_BKHW), jacobian_BK22)
 
 
 def _heatmap_mean(heatmap_BKHW: Tensor, maps_BCHW: Tensor) -> Tensor:
     """Four maps a keypoint, or four for all: their means under the heatmaps, row by row."""
-    batch, num_keypoints, height_px, width_px = heatmap_BKHW.shape
-    maps_BG4HW = maps_BCHW.reshape(batch, -1, 4, height_px, width_px)
-    mean_BK4 = (heatmap_BKHW[:, :, None] * maps_BG4HW).sum(dim=(-2, -1))
-    return mean_BK4.reshape(batch, num_keypoints, 2, 2)
+    num_keypoints = heatmap_BKHW.shape[1]
+    # Every heatmap with every map in one matrix product, though only the pairs on the diagonal
+    # are wanted: it needs no copy of the maps, which costs more than the products.
+    with torch.autocast(heatmap_BKHW.device.type, enabled=False):
+        means_BKC = heatmap_BKHW.flatten(2) @ maps_BCHW.flatten(2).transpose(1, 2)
+    mean_BKG22 = means_BKC.reshape(len(means_BKC), num_keypoints, -1, 2, 2)
+    if mean_BKG22.shape[2] == 1:
+        return mean_BKG22[:, :, 0]
+    each_K = torch.arange(num_keypoints, device=mean_BKG22.device)
+    return mean_BKG22[:, each_K, each_K]

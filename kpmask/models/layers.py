@@ -112,7 +112,7 @@ class Hourglass(nn.Module):
         self.out_channels = widths[0] + in_channels
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        decoded: Tensor = self.decoder(self.encoder(x_BCHW))
+        decoded: Tensor = self.decoder(self.encoder(narrowed(x_BCHW, self)))
         return decoded
 
 
@@ -167,6 +167,32 @@ def widened(x: Tensor) -> Tensor:
     return x.float() if x.dtype in {torch.bfloat16, torch.float16} else x
 
 
+def narrowed(x_BCHW: Tensor, network: nn.Module) -> Tensor:
+    """An input as the network's convolutions take it, in type and layout.
+
+    Each of them would do this for itself, and a skip connection would carry it on unchanged.
+    """
+    kind = x_BCHW.device.type
+    if torch.is_autocast_enabled(kind) and x_BCHW.dtype == torch.float32:
+        x_BCHW = x_BCHW.to(torch.get_autocast_dtype(kind))
+    weight = next(network.parameters())
+    if weight.is_contiguous(memory_format=torch.channels_last):
+        return x_BCHW.contiguous(memory_format=torch.channels_last)
+    return x_BCHW
+
+
+def convolved(x_BCHW: Tensor, *heads: nn.Conv2d) -> tuple[Tensor, ...]:
+    """What several convolutions of equal kernels make of one input, computed as one."""
+    biases = [head.bias for head in heads if head.bias is not None]
+    outputs_BCHW = functional.conv2d(
+        x_BCHW,
+        torch.cat([head.weight for head in heads]),
+        torch.cat(biases) if biases else None,
+        padding=heads[0].padding,
+    )
+    return torch.split(outputs_BCHW, [head.out_channels for head in heads], dim=1)
+
+
 # --- coordinates -----------------------------------------------------------------------------
 
 
@@ -187,14 +213,17 @@ def _axis(size_px: int, like: Tensor) -> Tensor:
 
 def gaussian_maps(points_BK2: Tensor, *, size_px: tuple[int, int], variance: float) -> Tensor:
     """exp(-|z - point|^2 / (2 variance)) on a grid of (height, width): [B, K, H, W]."""
-    grid_HW2 = coordinate_grid(*size_px, like=points_BK2)
-    distance_BKHW = (grid_HW2 - points_BK2[:, :, None, None, :]).square().sum(-1)
+    height_px, width_px = size_px
+    x_BKW = _axis(width_px, points_BK2) - points_BK2[..., 0, None]
+    y_BKH = _axis(height_px, points_BK2) - points_BK2[..., 1, None]
+    distance_BKHW = x_BKW.square()[:, :, None, :] + y_BKH.square()[:, :, :, None]
     return torch.exp(distance_BKHW * (-0.5 / variance))
 
 
 def spatial_mean(heatmap_BKHW: Tensor, values_HW2: Tensor) -> Tensor:
     """The mean of per-pixel vectors under each heatmap: [B, K, 2]."""
-    return (heatmap_BKHW[..., None] * values_HW2).sum(dim=(2, 3))
+    means = [(heatmap_BKHW * values_HW).sum(dim=(2, 3)) for values_HW in values_HW2.unbind(-1)]
+    return torch.stack(means, dim=-1)
 
 
 def product(left_22: Tensor, right_22: Tensor) -> Tensor:
@@ -204,7 +233,9 @@ def product(left_22: Tensor, right_22: Tensor) -> Tensor:
 
 def transform(matrix_22: Tensor, vector_2: Tensor) -> Tensor:
     """Matrix times vector over the last axes, in full precision."""
-    return (matrix_22 * vector_2[..., None, :]).sum(-1)
+    x, y = vector_2.unbind(-1)  # axes of two are slow to broadcast over
+    rows = (matrix_22[..., row, 0] * x + matrix_22[..., row, 1] * y for row in range(2))
+    return torch.stack(list(rows), dim=-1)
 
 
 def inverse(matrix_22: Tensor) -> Tensor:

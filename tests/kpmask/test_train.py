@@ -236,7 +236,7 @@ def test_a_detector_of_rate_zero_keeps_its_weights() -> None:
 
 
 def test_gradient_descent_with_momentum() -> None:
-    plan = plans(**{"phases.0.optimizer": "sgd", "phases.0.learning_rate": 1e-3})[0]
+    plan = plans(**{"phases.0.optimizer": "sgd", "phases.0.learning_rate": 1e-4})[0]
     ours = trainer(plan)
     system = initial_system(plan, seed=0)
     system.set_losses(plan.phase.losses, None)
@@ -249,7 +249,7 @@ def test_gradient_descent_with_momentum() -> None:
         with torch.no_grad():
             for name, p in system.named_parameters():
                 velocity[name] = 0.5 * velocity[name] + p.grad
-                p -= 1e-3 * velocity[name]
+                p -= 1e-4 * velocity[name]
         ours.step(batch)
     close(weights(system), weights(ours.system), atol=1e-5)
 
@@ -428,7 +428,7 @@ def halves(batch: Batch) -> list[Batch]:
 
 
 # Adam would make the rounding of a gradient that is 0 (a bias before batch norm) as large as any.
-SHARED = {"phases.0.optimizer": "sgd", "phases.0.learning_rate": 1e-3}
+SHARED = {"phases.0.optimizer": "sgd", "phases.0.learning_rate": 1e-4}
 
 
 def _one_of_two(rank: int, folder: str) -> None:
@@ -455,7 +455,7 @@ def test_two_workers_average_their_gradients(tmp_path: Path) -> None:
     reference = initial_system(plans()[0], seed=0)
     reference.set_losses(plans()[0].phase.losses, None)
     reference.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(reference.parameters(), lr=1e-3, momentum=0.5)
+    optimizer = torch.optim.SGD(reference.parameters(), lr=1e-4, momentum=0.5)
     wanted = []
     for step, batch in enumerate(batches(3)):
         copies = [copy.deepcopy(reference).train() for _ in range(2)]
