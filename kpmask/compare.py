@@ -110,7 +110,7 @@ def steps_within(
         ConfigError: fewer than phases.
     """
     mean_s = float(np.average(seconds_per_step, weights=lengths))
-    steps = math.floor(60 * minutes / mean_s)
+    steps = math.floor(60 * minutes / mean_s + 1e-9)  # 3 s hold 5 of 0.6 s
     if steps < len(lengths):
         raise ConfigError(
             f"{minutes:g} minutes are {steps} steps of {mean_s:.2f} s, too few for "

@@ -279,7 +279,7 @@ def comparison_curves_svg(curves: Sequence[Curve]) -> str:
     with rc_context(settings):
         figure = Figure(figsize=(10.4 if validated else 6.4, 3.8), layout="constrained")
         axes = figure.subplots(1, 2 if validated else 1, squeeze=False)[0]
-        _draw(axes[0], "training loss", [(c.label, _losses(c.metrics)) for c in curves])
+        _draw(axes[0], "training loss", [(c.label, loss_course(c.metrics)) for c in curves])
         if validated:
             held_out = [(c.label, c.validation) for c in curves]
             _draw(axes[1], "L1 on moving pixels of held-out clips", held_out)
@@ -290,7 +290,7 @@ def comparison_curves_svg(curves: Sequence[Curve]) -> str:
     return svg[svg.index("<svg ") :].replace("<svg ", label, 1).replace(INK, "currentColor")
 
 
-def _losses(metrics: Sequence[StepMetrics]) -> list[tuple[int, float]]:
+def loss_course(metrics: Sequence[StepMetrics]) -> list[tuple[int, float]]:
     """The loss over the steps of all phases in a row."""
     points, before, phase, last = [], 0, None, 0
     for row in metrics:
