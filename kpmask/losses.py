@@ -43,14 +43,23 @@ class PerceptualLoss(nn.Module):
         """All feature maps of an image at all scales."""
         return [m for shrink in self.pyramid for m in self.extractor(shrink(image_BCHW))]
 
-    def distance(self, generated_BCHW: Tensor, target: Sequence[Tensor]) -> Tensor:
-        """The loss of an image against the features of the real one."""
-        pairs = zip(self.features(generated_BCHW), target, strict=True)
-        differences = (widened(g) - widened(t.detach()) for g, t in pairs)
-        return torch.stack([difference.abs().mean() for difference in differences]).sum()
+    def distances(self, generated_BCHW: Sequence[Tensor], target: Sequence[Tensor]) -> list[Tensor]:
+        """The loss of each batch of images against the features of the real one.
+
+        They go through the features as one batch, which is faster and comes to the same.
+        """
+        maps = self.features(torch.cat(list(generated_BCHW)))
+        per_map = [
+            [
+                (widened(part) - widened(real.detach())).abs().mean()
+                for part in map_BCHW.chunk(len(generated_BCHW))
+            ]
+            for map_BCHW, real in zip(maps, target, strict=True)
+        ]
+        return [torch.stack(terms).sum() for terms in zip(*per_map, strict=True)]
 
     def forward(self, generated_BCHW: Tensor, real_BCHW: Tensor) -> Tensor:
-        return self.distance(generated_BCHW, self.features(real_BCHW))
+        return self.distances([generated_BCHW], self.features(real_BCHW))[0]
 
 
 @dataclass(frozen=True)

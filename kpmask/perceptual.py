@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from kpmask.config import Perceptual
 from kpmask.errors import CheckpointError
@@ -133,6 +134,9 @@ def _norm(channels: int) -> nn.BatchNorm2d:
 
 def _convolve_same(conv: nn.Conv2d, x_BCHW: Tensor) -> Tensor:
     """A convolution padded as TensorFlow's SAME: the odd pixel goes to the right and bottom."""
+    if conv.stride == (1, 1):  # the same on all sides, so without a padded copy
+        sides = (conv.kernel_size[0] // 2, conv.kernel_size[1] // 2)
+        return functional.conv2d(x_BCHW, conv.weight, conv.bias, padding=sides, groups=conv.groups)
     pads: list[int] = []
     for size_px, kernel_px, stride in zip(
         reversed(x_BCHW.shape[-2:]), reversed(conv.kernel_size), reversed(conv.stride), strict=True
@@ -171,7 +175,11 @@ class _InvertedResidual(nn.Module):
 
 
 class Lite0Features(PerceptualFeatures):
-    """EfficientNet-Lite0 (Tan and Le, 2019; Lite variant) up to its last stage at stride 16."""
+    """EfficientNet-Lite0 (Tan and Le, 2019; Lite variant) up to its last stage at stride 16.
+
+    It stays in float32 under autocast: its depthwise convolutions are slower in bfloat16, by more
+    than the others gain.
+    """
 
     min_side_px = 2
 
@@ -196,6 +204,10 @@ class Lite0Features(PerceptualFeatures):
         self.requires_grad_(False)
         self.eval()
 
+    def forward(self, image_BCHW: Tensor) -> list[Tensor]:
+        with torch.autocast(image_BCHW.device.type, enabled=False):
+            return super().forward(image_BCHW.float())
+
     def taps(self, x_BCHW: Tensor) -> list[Tensor]:
         x_BCHW = functional.relu6(self.bn0(_convolve_same(self.conv_stem, x_BCHW)))
         maps = [x_BCHW]
@@ -204,6 +216,27 @@ class Lite0Features(PerceptualFeatures):
             if index in LITE0_TAPS:
                 maps.append(x_BCHW)
         return [m / size for m, size in zip(maps, LITE0_MAGNITUDES, strict=True)]
+
+    def fused(self) -> Lite0Features:
+        """The same function with every batch norm, which is constant, put into its convolution."""
+        _fuse(self, "conv_stem", "bn0")
+        for block in self.blocks:
+            for conv, norm in (
+                ("expand_conv", "bn0"),
+                ("depthwise_conv", "bn1"),
+                ("project_conv", "bn2"),
+            ):
+                if hasattr(block, conv):
+                    _fuse(block, conv, norm)
+        return self
+
+
+def _fuse(module: nn.Module, conv_name: str, norm_name: str) -> None:
+    conv, norm = module.get_submodule(conv_name), module.get_submodule(norm_name)
+    assert isinstance(conv, nn.Conv2d)
+    assert isinstance(norm, nn.BatchNorm2d)
+    setattr(module, conv_name, fuse_conv_bn_eval(conv, norm).requires_grad_(False))
+    setattr(module, norm_name, nn.Identity())
 
 
 # --- loading ---------------------------------------------------------------------------------
@@ -236,7 +269,9 @@ def _load(kind: Perceptual, path: Path | None, cache_dir: Path) -> PerceptualFea
         return _loaded(Vgg19Features(), path, _read_tensors(path))
     path = path or _lite0_path()
     tensors = {re.sub(r"(^|\.)_", r"\1", key): value for key, value in _read_tensors(path).items()}
-    return _loaded(Lite0Features(), path, tensors)
+    features = Lite0Features()
+    _loaded(features, path, tensors)
+    return features.fused()
 
 
 def available_features() -> dict[str, str | None]:

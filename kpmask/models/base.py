@@ -118,8 +118,8 @@ class Objective:
         if self.perceptual is not None and self.losses.perceptual:
             # The real image's features serve every prediction.
             target = self.perceptual.features(real_BCHW)
-            for name, image_BCHW in generated_BCHW.items():
-                distance = self.perceptual.distance(image_BCHW, target)
+            distances = self.perceptual.distances(list(generated_BCHW.values()), target)
+            for name, distance in zip(generated_BCHW, distances, strict=True):
                 terms[f"perceptual{name}"] = self.losses.perceptual * distance
         if self.losses.pixel:
             for name, image_BCHW in generated_BCHW.items():
