@@ -146,7 +146,7 @@ def cross_pairs(
     """
     ordered = sorted(clips, key=lambda clip: clip.clip_id)
     order = np.random.default_rng(seed).permutation(len(ordered) ** 2)
-    pairs = []
+    pairs: list[tuple[ClipRecord, ClipRecord]] = []
     for number in order.tolist():
         source, driving = (ordered[place] for place in divmod(number, len(ordered)))
         if source.identity != driving.identity and len(pairs) < count:

@@ -227,9 +227,7 @@ def _planned(job: EvaluateJob) -> ScorePlan:
 def _dataset_clips(job: EvaluateJob) -> tuple[list[ClipRecord], str]:
     """The clips of the wanted split, and the dataset's id."""
     assert job.data is not None
-    dataset, dataset_id = open_identified_dataset(
-        job.data, holdout_fraction=job.holdout_fraction
-    )
+    dataset, dataset_id = open_identified_dataset(job.data, holdout_fraction=job.holdout_fraction)
     clips = dataset.partition(job.partition)
     if not clips:
         raise DatasetError(

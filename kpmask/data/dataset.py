@@ -7,6 +7,7 @@ record's `shard` is an Arrow file, or with layout "folders" the key of a folder 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from kpmask.data import shards
-from kpmask.data.layouts import assign_splits, frame_key
+from kpmask.data.layouts import frame_key
 from kpmask.errors import DatasetError
 from kpmask.records import ClipRecord, Partition, from_table
 
@@ -78,15 +79,19 @@ class Dataset:
 
 
 def with_holdout(records: Sequence[ClipRecord], fraction: float) -> list[ClipRecord]:
-    """The clips with about `fraction` of the identities as test clips, if there are none yet.
+    """The clips with `fraction` of the identities as test clips, if there are none yet.
 
-    Which ones follows from a hash of their names, as in `preprocess`; no frame is moved.
+    At least one identity and not all, for any fraction above 0. Which ones follows from a hash of
+    their names alone; no frame is moved.
     """
-    if any(record.partition == "test" for record in records):
+    identities = {record.identity for record in records}
+    tested = any(record.partition == "test" for record in records)
+    if tested or fraction == 0 or len(identities) < 2:
         return list(records)
-    identities = sorted({record.identity for record in records})
-    split = assign_splits(identities, test_fraction=fraction)
-    return [replace(record, partition=split[record.identity]) for record in records]
+    ranked = sorted(identities, key=lambda name: hashlib.sha256(name.encode()).digest())
+    count = min(max(round(fraction * len(ranked)), 1), len(ranked) - 1)
+    held = set(ranked[:count])
+    return [replace(r, partition="test" if r.identity in held else "train") for r in records]
 
 
 def read_manifest(path: Path) -> list[ClipRecord]:

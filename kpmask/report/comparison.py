@@ -218,8 +218,8 @@ def _table(
             Cell(values.get(info.name), best[info.name] == (row.system, row.variant, row.protocol))
             for info in metrics
         ]
-        run = runs[row.system][0] if row.system else None
-        table_rows.append(TableRow(label(row), row, cells, run))
+        first = runs[row.system][0] if row.system else None
+        table_rows.append(TableRow(label(row), row, cells, first))
     return Table(name, title, note, metrics, table_rows)
 
 

@@ -211,7 +211,7 @@ def test_holdout_splits_identities_and_is_the_same_every_time() -> None:
     sides = {side: {c.identity for c in held if c.partition == side} for side in ("train", "test")}
     assert not sides["train"] & sides["test"]
     assert sides["train"] | sides["test"] == {c.identity for c in clips}
-    assert 1 <= len(sides["test"]) <= 10
+    assert len(sides["test"]) == 4
     assert with_holdout(clips[::-1], 0.2) == held[::-1]
     # Nothing but the side changes: the frames stay where they are.
     assert [dataclasses.replace(c, partition="train") for c in held] == clips
@@ -223,6 +223,12 @@ def test_holdout_leaves_a_test_split_alone() -> None:
     assert with_holdout(clips[:2], 0.0) == clips[:2]
     only = [clip("a", "a"), clip("b", "a")]
     assert with_holdout(only, 0.5) == only
+
+
+@pytest.mark.parametrize(("fraction", "count"), [(0.01, 1), (0.5, 2), (1.0, 2)])
+def test_holdout_leaves_somebody_on_either_side(fraction: float, count: int) -> None:
+    held = with_holdout([clip(name, name) for name in "abc"], fraction)
+    assert [c.partition for c in held].count("test") == count
 
 
 def test_cross_pairs_are_of_two_identities() -> None:
