@@ -7,7 +7,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= demo-out
 
-.PHONY: demo test check format lock clean help
+# What `make weights` makes: videos of people who are not in the demo (it has seed 0), and the
+# system that is to be called `demo`. WEIGHTS_TRAIN is for a GPU: --set use_gpu=true
+WEIGHTS_OUT ?= weights-out
+WEIGHTS_VIDEOS ?= 240
+WEIGHTS_SEED ?= 1
+WEIGHTS_BEST ?= kpmask-plus
+WEIGHTS_TRAIN ?=
+
+.PHONY: demo test check format lock clean help weights
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
@@ -34,6 +42,27 @@ format: $(STAMP) ## format and mend what ruff can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+weights: $(STAMP) ## train the bundled weights again, for hours, on drawn videos (kpmask/weights)
+	$(BIN)/kpmask demo --videos-only --varied --num-videos $(WEIGHTS_VIDEOS) --seed $(WEIGHTS_SEED) \
+	  --out $(WEIGHTS_OUT)/videos
+	$(BIN)/kpmask demo --videos-only --out $(WEIGHTS_OUT)/demo-videos
+	set -e; for part in "" demo-; do $(BIN)/kpmask preprocess --preset demo-weights \
+	  --metadata $(WEIGHTS_OUT)/$${part}videos/metadata.csv --raw $(WEIGHTS_OUT)/$${part}videos/raw \
+	  --out $(WEIGHTS_OUT)/$${part}dataset --set download.enabled=false; done
+	set -e; for system in heatmap kpmask-plus; do \
+	  $(BIN)/kpmask train --preset demo-weights --system $$system $(WEIGHTS_TRAIN) \
+	    --data $(WEIGHTS_OUT)/dataset --out $(WEIGHTS_OUT)/$$system; \
+	  $(BIN)/kpmask evaluate --checkpoint $(WEIGHTS_OUT)/$$system/weights.safetensors \
+	    --data $(WEIGHTS_OUT)/demo-dataset --out $(WEIGHTS_OUT)/$$system-scores; \
+	done
+	set -e; for entry in demo-heatmap:heatmap demo:$(WEIGHTS_BEST); do \
+	  name=$${entry%%:*}; system=$${entry##*:}; \
+	  $(BIN)/kpmask checkpoint release $(WEIGHTS_OUT)/$$system/weights.safetensors \
+	    --out kpmask/weights/$$name.safetensors --name $$name --scores $(WEIGHTS_OUT)/$$system-scores \
+	    --command "make weights WEIGHTS_VIDEOS=$(WEIGHTS_VIDEOS) WEIGHTS_SEED=$(WEIGHTS_SEED)"; \
+	done
+	$(BIN)/kpmask checkpoint list
+
 lock: ## pin every dependency again (needs uv)
 	uv pip compile pyproject.toml --universal --python-version 3.11 --all-extras --no-annotate --no-header \
 	  --upgrade -o requirements.lock
@@ -42,4 +71,4 @@ lock: ## pin every dependency again (needs uv)
 	echo "torch==2.13.0" >> requirements.lock
 
 clean: ## remove the environment and the demo's output
-	rm -rf $(VENV) $(OUT)
+	rm -rf $(VENV) $(OUT) $(WEIGHTS_OUT)

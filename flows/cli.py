@@ -418,9 +418,18 @@ def demo(
     videos_only: Annotated[
         bool, typer.Option("--videos-only", help="Only write the videos, tables and images.")
     ] = False,
+    num_videos: Annotated[
+        int | None, typer.Option(min=2, help="With --videos-only: how many; default 36.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="With --videos-only: which people; default 0.")
+    ] = None,
+    varied: Annotated[
+        bool, typer.Option("--varied", help="With --videos-only: people and scenes of all kinds.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Generate videos and run all four jobs on them: about five minutes on two cores.
+    """Generate videos, animate them with the bundled weights, and train for a minute to compare.
 
     Examples:
 
@@ -431,9 +440,13 @@ def demo(
     from flows import jobs
 
     if videos_only:
-        table = jobs.draw_videos(Path(out), quiet=as_json)
+        table = jobs.draw_videos(
+            Path(out), num_videos=num_videos, seed=seed, varied=varied, quiet=as_json
+        )
         console.show({"metadata": str(table)}, as_json=as_json, lines=[f"metadata: {table}"])
         return
+    if num_videos is not None or seed is not None or varied:
+        raise ConfigError("goes with --videos-only", subject="--num-videos, --seed, --varied")
     page = jobs.run_demo(Path(out), preset=preset, quiet=as_json)
     console.show({"page": str(page)}, as_json=as_json, lines=[f"Look at: {page.as_uri()}"])
     if open_page:

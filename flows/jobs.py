@@ -191,12 +191,23 @@ def run_demo(out: Path, *, preset: str, quiet: bool) -> Path:
         return run(out.resolve(), preset=preset, on_progress=report)
 
 
-def draw_videos(out: Path, *, quiet: bool) -> Path:
-    """The demonstration's videos, table and catalog alone; returns the table's path."""
-    from tasks.demo import draw_inputs
+def draw_videos(
+    out: Path, *, num_videos: int | None, seed: int | None, varied: bool, quiet: bool
+) -> Path:
+    """Drawn videos, their table and a catalog alone; returns the table's path.
+
+    Where nothing is asked for they are the demonstration's.
+    """
+    from tasks.demo import NUM_VIDEOS, SEED, draw_inputs
 
     with console.progress_bars(quiet=quiet) as report:
-        return draw_inputs(out.resolve(), on_progress=report).metadata
+        return draw_inputs(
+            out.resolve(),
+            num_videos=NUM_VIDEOS if num_videos is None else num_videos,
+            seed=SEED if seed is None else seed,
+            varied=varied,
+            on_progress=report,
+        ).metadata
 
 
 def rebuild_page(uri: str) -> str:

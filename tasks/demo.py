@@ -32,6 +32,8 @@ DATASET: Final = "dataset"
 RUN: Final = "run"
 ANIMATIONS: Final = "animations"
 EVALUATION: Final = "evaluation"
+OWN_EVALUATION: Final = "evaluation-own"
+VIDEOS: Final = "videos"
 MANIFEST: Final = "manifest.parquet"
 FAILURES: Final = "failures.parquet"
 
@@ -44,6 +46,11 @@ class DemoInputs:
     raw: Path
     catalog: Path
 
+    @classmethod
+    def of(cls, folder: Path) -> DemoInputs:
+        """What `draw_inputs` leaves in a folder."""
+        return cls(folder / "metadata.csv", folder / "raw", folder / "catalog.csv")
+
 
 def draw_inputs(
     folder: Path,
@@ -54,11 +61,11 @@ def draw_inputs(
     on_progress: Callable[[Progress], None],
 ) -> DemoInputs:
     """Draw the videos and the catalog; what is there already is kept."""
-    metadata = write_demo_videos(
+    write_demo_videos(
         folder, num_videos=num_videos, seed=seed, varied=varied, on_progress=on_progress
     )
-    catalog = write_demo_catalog(folder, folder, num_videos=num_videos, seed=seed, varied=varied)
-    return DemoInputs(metadata=metadata, raw=folder / "raw", catalog=catalog)
+    write_demo_catalog(folder, folder, num_videos=num_videos, seed=seed, varied=varied)
+    return DemoInputs.of(folder)
 
 
 def publish_page(
@@ -68,9 +75,13 @@ def publish_page(
     run: RunManifest,
     catalog: CatalogManifest,
     scores: ScoreTable,
+    own_scores: ScoreTable,
     seconds: Mapping[str, float],
 ) -> Path:
-    """Write the front page of a demonstration, over its parts in `out`'s folders."""
+    """Write the front page of a demonstration, over its parts in `out`'s folders.
+
+    `scores` are the bundled weights', `own_scores` the training's.
+    """
     store = open_store(str(out))
     records = read_table(store, f"{ANIMATIONS}/{MANIFEST}", AnimationRecord)
     page = demo_page(
@@ -81,12 +92,13 @@ def publish_page(
         records=sorted(records, key=lambda record: record.name),
         media=_below(ANIMATIONS, gallery_media(records)),
         table=scores,
+        own_table=own_scores,
         failures=list(_failures(store)),
         metrics=read_table(store, f"{RUN}/{train_folder.METRICS}", StepMetrics),
         samples=[info.key for info in store.list(f"{RUN}/{train_folder.SAMPLES}/")],
         links=[
             Link(label=name, path=f"{name}/{PAGE}")
-            for name in (DATASET, RUN, ANIMATIONS, EVALUATION)
+            for name in (DATASET, ANIMATIONS, EVALUATION, RUN, OWN_EVALUATION)
         ],
         commands=_commands(out),
         seconds=seconds,
@@ -110,17 +122,22 @@ def _below(folder: str, media: Mapping[str, GalleryMedia]) -> dict[str, GalleryM
 
 
 def _failures(store: ObjectStore) -> Iterable[Failure]:
-    for part in (DATASET, ANIMATIONS, EVALUATION):
+    for part in (DATASET, ANIMATIONS, EVALUATION, OWN_EVALUATION):
         yield from read_table_if_any(store, f"{part}/{FAILURES}", Failure) or ()
 
 
 def _commands(out: Path) -> list[Command]:
+    inputs = DemoInputs.of(out / VIDEOS)
     weights = out / RUN / train_folder.WEIGHTS
     return [
         Command(
-            label="Animate a picture of your own",
-            text=f"kpmask animate --checkpoint {weights} --source PICTURE.jpg "
-            f"--driving {out / 'videos' / 'drivings'}/VIDEO.mp4 --out moving.mp4",
+            label="Animate a picture of your own with the weights that come with kpmask",
+            text="kpmask animate --checkpoint demo --source PICTURE.jpg "
+            f"--driving {inputs.catalog.parent / 'drivings'}/VIDEO.mp4 --out moving.mp4",
+        ),
+        Command(
+            label="See what your own training makes of the same pictures",
+            text=f"kpmask animate --checkpoint {weights} --catalog {inputs.catalog} --out mine",
         ),
         Command(
             label="Cut your own videos into a dataset",

@@ -17,7 +17,7 @@ from kpmask.records import (
     ScoreTable,
     StepMetrics,
 )
-from kpmask.report.evaluation import method_rows, metric_columns
+from kpmask.report.evaluation import MethodRow, compared_rows, method_rows, metric_columns
 from kpmask.report.gallery import GalleryMedia, gallery_item
 from kpmask.report.page import Tile, duration, failure_tile, failure_values, num, render
 from kpmask.report.run import loss_curve_svg
@@ -40,8 +40,9 @@ class Command:
 
 
 DEMO_LEAD: Final = (
-    "Videos were drawn, cut into a dataset, a model was trained on them, and still pictures of "
-    "people whom it had never seen were animated with other people's motion."
+    "Still pictures of drawn people, animated with other people's motion by the weights that come "
+    "with kpmask, which have seen none of these people. Below, a short training of your own on "
+    "the same videos, and how the two compare."
 )
 
 
@@ -54,6 +55,7 @@ def demo_page(
     records: Sequence[AnimationRecord],
     media: Mapping[str, GalleryMedia],
     table: ScoreTable,
+    own_table: ScoreTable | None = None,
     failures: Sequence[Failure] = (),
     metrics: Sequence[StepMetrics] = (),
     samples: Sequence[str] = (),
@@ -66,6 +68,8 @@ def demo_page(
     """The front page of a whole run: the moving results first, then how they came about.
 
     Args:
+        run: the short training, whose scores are `own_table`.
+        catalog, records: of the bundled weights, whose scores are `table`.
         media: of the results, by item id, relative to this page.
         failures: of all four parts together.
         samples: sample strips of the training, oldest first; the last is shown.
@@ -96,10 +100,26 @@ def demo_page(
         curve=Markup(loss_curve_svg(metrics)),  # noqa: S704 - our own drawing
         strips=list(samples)[-1:],
         metrics=metric_columns(table),
-        methods=method_rows(table),
+        methods=_methods(table, own_table, run),
+        training_note=_training_note(run),
         commands=commands,
-        footer=f"{run.system} with {run.perceptual} features; weights {run.weights_sha256[:16]}.",
+        footer=f"Bundled weights {catalog.weights_sha256[:16]}; your own training: {run.system} "
+        f"with {run.perceptual} features, weights {run.weights_sha256[:16]}.",
         **failure_values(failures),
+    )
+
+
+def _methods(table: ScoreTable, own_table: ScoreTable | None, run: RunManifest) -> list[MethodRow]:
+    if own_table is None:
+        return method_rows(table)
+    mine = f"your own training, {num(run.num_steps)} steps"
+    return compared_rows({"the bundled weights": table, mine: own_table})
+
+
+def _training_note(run: RunManifest) -> str:
+    return (
+        f"{num(run.num_steps)} steps of {run.system}, enough to see it learn. From left: source, "
+        "driving frame, their masks, result. The bundled weights had a far longer training."
     )
 
 

@@ -119,18 +119,41 @@ def metric_columns(table: ScoreTable) -> list[MetricColumn]:
 
 def method_rows(table: ScoreTable) -> list[MethodRow]:
     """Methods x metrics; the best of a column is marked when there is something to compare."""
-    found = {(s.method, s.metric): s for s in table.summaries}
+    methods = dict.fromkeys(s.method for s in table.summaries)
+    return _rows(
+        table.metrics,
+        {METHODS.get(m, m): [s for s in table.summaries if s.method == m] for m in methods},
+    )
+
+
+def compared_rows(tables: Mapping[str, ScoreTable]) -> list[MethodRow]:
+    """Models, each with its name and its scores on the same videos, and once what they share."""
+    named: dict[str, Sequence[ScoreSummary]] = {
+        name: [s for s in table.summaries if s.method == "model"] for name, table in tables.items()
+    }
+    first = next(iter(tables.values()))
+    for method in dict.fromkeys(s.method for s in first.summaries if s.method != "model"):
+        found = [s for s in first.summaries if s.method == method]
+        named[METHODS.get(method, method)] = found
+    return _rows(first.metrics, named)
+
+
+def _rows(
+    metrics: Sequence[MetricInfo], named: Mapping[str, Sequence[ScoreSummary]]
+) -> list[MethodRow]:
+    """A row for each name; the best of each metric is marked."""
     best: dict[str, float] = {}
-    for info in table.metrics:
-        means = [s.mean for s in table.summaries if s.metric == info.name]
+    for info in metrics:
+        means = [s.mean for found in named.values() for s in found if s.metric == info.name]
         finite = [mean for mean in means if math.isfinite(mean)]
         if len(finite) > 1:
             best[info.name] = max(finite) if info.higher_is_better else min(finite)
     rows = []
-    for method in dict.fromkeys(s.method for s in table.summaries):
-        cells = [found.get((method, info.name)) for info in table.metrics]
+    for name, found in named.items():
+        by_metric = {s.metric: s for s in found}
+        cells = [by_metric.get(info.name) for info in metrics]
         marked = [_Cell(s, s is not None and s.mean == best.get(s.metric)) for s in cells]
-        rows.append(MethodRow(METHODS.get(method, method), marked))
+        rows.append(MethodRow(name, marked))
     return rows
 
 

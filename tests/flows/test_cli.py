@@ -237,6 +237,22 @@ def test_an_unknown_name_tells_the_known_ones(bundle: Path) -> None:
     assert "code: weights_unavailable" in said
 
 
+def test_videos_alone_may_be_of_other_people(tmp_path: Path) -> None:
+    base = ("demo", "--videos-only", "--num-videos", "2", "--seed", "5", "--json", "--out")
+    result = run(*base, str(tmp_path / "a"))
+    assert result.exit_code == 0, result.output
+    varied = run(*base, str(tmp_path / "b"), "--varied")
+    assert varied.exit_code == 0, varied.output
+    tables = [Path(json.loads(r.stdout)["metadata"]) for r in (result, varied)]
+    rows = [table.read_text().splitlines() for table in tables]
+    assert [len(found) for found in rows] == [5, 5]  # a heading, two videos, two broken rows
+    videos = [sorted((table.parent / "raw").iterdir()) for table in tables]
+    assert videos[0][0].name == videos[1][0].name
+    assert videos[0][0].read_bytes() != videos[1][0].read_bytes()
+    for option in (("--num-videos", "4"), ("--seed", "1"), ("--varied",)):
+        assert "goes with --videos-only" in refused("demo", "--out", str(tmp_path), *option)
+
+
 def test_ctrl_c_is_130(tmp_path: Path) -> None:
     """A real process, a real signal: one line, no traceback, status 130."""
     command = [KPMASK, "demo", "--videos-only", "--out", str(tmp_path)]

@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import io
 import math
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -46,6 +47,7 @@ from kpmask.report import (
     relative_url,
     run_page,
 )
+from kpmask.report.page import figure, num
 from tests.support.chromium import Chromium, find_chromium
 
 SHA = "ab12" * 16
@@ -328,6 +330,38 @@ def test_links_resolve_and_stay_in_the_folder(name: str, tmp_path: Path) -> None
 
 def test_pages_follow_from_their_records_alone() -> None:
     assert all_pages() == all_pages()
+
+
+def test_the_demonstration_compares_two_models() -> None:
+    """Once each model, once the baseline that they share, the best of all three marked."""
+    table, _ = score_table()
+    better = dataclasses.replace(
+        table,
+        summaries=tuple(
+            dataclasses.replace(s, mean=s.mean / 4) if s.method == "model" else s
+            for s in table.summaries
+        ),
+    )
+    html = demo_page(
+        title="x",
+        dataset=DATASET,
+        run=RUN,
+        catalog=CATALOG,
+        records=[],
+        media={},
+        table=table,
+        own_table=better,
+    )
+    rows = re.findall(r'<tr><th scope="row" class="name">(.*?)</th>(.*?)</tr>', html)
+    names = [name for name, _ in rows]
+    steps = f"your own training, {num(RUN.num_steps)} steps"
+    assert names == ["the bundled weights", steps, "copy of the source"]
+    lower = next(i for i, m in enumerate(table.metrics) if not m.higher_is_better)
+    cells = [re.findall(r'<td class="(.*?)">(.*?)</td>', row) for _, row in rows]
+    assert ["best" in row[lower][0] for row in cells] == [False, True, False]
+    name = table.metrics[lower].name
+    (mine,) = [s for s in better.summaries if (s.method, s.metric) == ("model", name)]
+    assert cells[1][lower][1] == figure(mine.mean)
 
 
 def test_pages_of_nothing() -> None:
