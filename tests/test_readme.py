@@ -66,6 +66,7 @@ def test_commands_leave_what_the_readme_says(tour: Path) -> None:
         "tour/animations/index.html",
         "tour/grid/manifest.parquet",
         "tour/scores/scores.parquet",
+        "tour/compared/comparison.json",
     ):
         assert (tour / name).stat().st_size > 0, name
     assert not (tour / "tour/png").exists()  # was a dry run
