@@ -12,6 +12,7 @@ Tensor names end in axis letters: B batch, T time, C channel, H height, W width,
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -99,6 +100,12 @@ class Animator:
         """
         loaded = checkpoint.load(bundled.locate(weights))
         return cls(loaded.system, device=device, weights_sha256=loaded.sha256)
+
+    def for_reconstruction(self) -> Self:
+        """The animator as its system is scored in reconstruction; weights are shared."""
+        twin = copy.copy(self)
+        twin.system = self.system.for_reconstruction()
+        return twin
 
     @property
     def image_size_px(self) -> int:

@@ -35,6 +35,7 @@ def reconstruct(animator: Animator, chunks: Iterable[Frames]) -> Iterator[FrameP
         CheckpointError: code checkpoint_mismatch, when the clip is not of the model's size:
             resized frames would have other scores.
     """
+    animator = animator.for_reconstruction()
     source = None
     side_px = animator.image_size_px
     for frames_THWC in chunks:

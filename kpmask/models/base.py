@@ -156,6 +156,12 @@ class AnimationSystem(nn.Module, ABC, Generic[S, D]):
     def render(self, source: S, driving: D) -> Prediction:
         """Draw each source in the pose of its driving frame; both states have B entries."""
 
+    def for_reconstruction(self) -> Self:
+        """The system as the papers draw a clip from its own first frame: as it is, but for steps
+        that only hide who the driver is. Weights are shared.
+        """
+        return self
+
     def relative_motion(self, source: S, driving: D, initial: D, *, adapt_scale: bool) -> D:
         """The driving state that moves the source as `driving` moved since `initial`.
 

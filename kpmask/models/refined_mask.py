@@ -186,6 +186,10 @@ class RefinedMaskSystem(AnimationSystem[RefinedMaskSource, RefinedMaskDriving]):
         twin.config = self.config.model_copy(update={"ablation": ablation})
         return twin
 
+    def for_reconstruction(self) -> Self:
+        """Without perturbation and refinement (paper 003, Table 1)."""
+        return self.with_ablation("no_id")
+
     def mask(self, image_BCHW: Tensor) -> Tensor:
         """The images' masks, [B, 1, mask side, mask side] in [0, 1]."""
         return resize_map(self.mask_generator(image_BCHW), self.mask_side_px)

@@ -18,6 +18,7 @@ from kpmask import Animator, checkpoint
 from kpmask.config import Augmentation, Losses, TrainJob, resolve_job
 from kpmask.data.augment import augment, draw, recolour
 from kpmask.errors import ConfigError
+from kpmask.evaluate import reconstruct
 from kpmask.losses import PerceptualLoss
 from kpmask.model_config import (
     ColourChange,
@@ -435,3 +436,15 @@ def test_default_sizes_are_the_published_ones() -> None:
         buffers = ("running_mean", "running_var", "num_batches_tracked", "down.weight")
         count = sum(v.numel() for k, v in section.items() if not k.endswith(buffers))
         assert (len(section), count, digest) == expected
+
+
+def test_reconstruction_is_scored_without_hiding_the_identity() -> None:
+    animator = Animator(built(refined_mask()), device="cpu")
+    side_px = animator.image_size_px
+    frames_THWC = np.random.default_rng(0).integers(0, 256, (3, side_px, side_px, 3), np.uint8)
+    ((generated_TCHW, _),) = reconstruct(animator, [frames_THWC])
+    assert isinstance(animator.system, RefinedMaskSystem)
+    unrefined = Animator(animator.system.with_ablation("no_id"), device="cpu")
+    source, driving = unrefined.encode_source(frames_THWC[0]), unrefined.encode_driving(frames_THWC)
+    torch.testing.assert_close(generated_TCHW, unrefined.render(source, driving))
+    assert animator.system.config.ablation == "none"
