@@ -6,7 +6,6 @@ the source's own video and the driving video, which say what its scores are wort
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,9 +37,6 @@ CROSS: Final[Mapping[Motion, Protocol]] = {
     "absolute": "cross-absolute",
     "relative": "cross-relative",
 }
-# The original reconstructs from the driver's own mask, neither perturbed nor refined.
-RECONSTRUCTED_AS: Final = "no_id"
-ANIMATED_AS: Final = "none"
 
 
 @dataclass(frozen=True)
@@ -116,15 +112,14 @@ def score_system(
 
 
 def _variants(animator: Animator) -> dict[str, Animator]:
-    """The system as it is, or under each of its ablations."""
+    """The system as it is, then under each of its ablations."""
     system = animator.system
-    if not isinstance(system, RefinedMaskSystem):
-        return {"": animator}
-    ablations: tuple[Ablation, ...] = get_args(Ablation)
-    return {
-        name: Animator(system.with_ablation(name), device=str(animator.device))
-        for name in ablations
-    }
+    variants = {"": animator}
+    if isinstance(system, RefinedMaskSystem):
+        ablations: tuple[Ablation, ...] = get_args(Ablation)
+        for name in ablations:
+            variants[name] = Animator(system.with_ablation(name), device=str(animator.device))
+    return variants
 
 
 @dataclass
@@ -141,7 +136,7 @@ class _Work:
     num_done: int = 0
 
     def __post_init__(self) -> None:
-        motions = next(iter(self.variants.values())).system.motions
+        motions = self.variants[""].system.motions
         self.motions = [motion for motion in CROSS if motion in motions]
         each = len(self.scoring.clips) + len(self.scoring.pairs) * len(self.motions)
         self.total = each * len(self.variants)
@@ -149,9 +144,6 @@ class _Work:
     def _step(self) -> None:
         self.num_done += 1
         self.on_done(self.num_done, self.total)
-
-    def _is_main(self, variant: str, main: str) -> bool:
-        return variant in {"", main}
 
     # --- reconstruction ---
 
@@ -161,15 +153,16 @@ class _Work:
         for (variant, animator), clip in itertools.product(
             self.variants.items(), self.scoring.clips
         ):
-            main = self._is_main(variant, RECONSTRUCTED_AS)
+            # Some systems are published with scores of a simpler way than they animate.
+            draw = as_animated if variant else reconstruct
             kept: list[Frames] = []
-            pairs = _watched(reconstruct(animator, self._chunks(clip)), kept)
+            pairs = _watched(draw(animator, self._chunks(clip)), kept)
             found = score_video(pairs, metrics, clip_id=clip.clip_id, name=clip.name)
             for score in video_scores([found]):
-                if score.method == "model" or main:
+                if score.method == "model" or not variant:
                     values = (score.metric, score.value, score.num_frames)
-                    self._add("reconstruction", variant, main, clip, score.method, values)
-            if main and clip.clip_id in shown:
+                    self._add("reconstruction", variant, clip, score.method, values)
+            if not variant and clip.clip_id in shown:
                 self.pictures[clip.clip_id] = np.concatenate(kept)[:SHOWN_FRAMES]
             self._step()
 
@@ -185,11 +178,10 @@ class _Work:
         for (variant, animator), motion, pair in itertools.product(
             self.variants.items(), self.motions, self.scoring.pairs
         ):
-            main = self._is_main(variant, ANIMATED_AS)
             videos = tuple(self.scoring.driving_frames(clip) for clip in pair)
             generated = animator.animate(videos[0][0], videos[1], motion=motion)
-            self._add_cross(CROSS[motion], variant, main, pair, "model", (generated, *videos))
-            if main and motion == "absolute":
+            self._add_cross(CROSS[motion], variant, pair, "model", (generated, *videos))
+            if not variant and motion == "absolute":
                 self._add_references(pair, *videos)
                 if pair_id(pair) in shown:
                     self.pictures[pair_id(pair)] = generated[:SHOWN_FRAMES]
@@ -203,20 +195,19 @@ class _Work:
             ("driving", both[1]),
         )
         for method, frames_THWC in references:
-            self._add_cross("cross-absolute", "", True, pair, method, (frames_THWC, *both))
+            self._add_cross("cross-absolute", "", pair, method, (frames_THWC, *both))
 
     def _add_cross(
         self,
         protocol: Protocol,
         variant: str,
-        main: bool,
         pair: Pair,
         method: ComparedMethod,
         videos: tuple[Frames, ...],
     ) -> None:
         found = transfer_scores(*(to_tensor(video) for video in videos))
         for metric, value in found.items():
-            self._add(protocol, variant, main, pair, method, (metric, value, len(videos[0])))
+            self._add(protocol, variant, pair, method, (metric, value, len(videos[0])))
 
     # --- rows ---
 
@@ -224,15 +215,13 @@ class _Work:
         self,
         protocol: Protocol,
         variant: str,
-        main: bool,
         of: ClipRecord | Pair,
         method: ComparedMethod,
         scored: tuple[str, float, int],
     ) -> None:
-        """A row; an ablation that is the system's usual way gets one of that kind as well."""
         by_model = method == "model"
         clip_id, name = _names(of)
-        row = ComparedScore(
+        score = ComparedScore(
             protocol=protocol,
             system=self.system if by_model else "",
             seed=self.seed if by_model else 0,
@@ -244,15 +233,23 @@ class _Work:
             value=scored[1],
             num_frames=scored[2],
         )
-        self.scores.append(row)
-        if row.variant and main:
-            self.scores.append(dataclasses.replace(row, variant=""))
+        self.scores.append(score)
 
 
 def _names(of: ClipRecord | Pair) -> tuple[str, str]:
     if isinstance(of, ClipRecord):
         return of.clip_id, of.name
     return pair_id(of), f"{of[0].name} by {of[1].name}"
+
+
+def as_animated(animator: Animator, chunks: Iterable[Frames]) -> Iterator[FramePair]:
+    """As `reconstruct`, by all that the system does when it animates."""
+    source = None
+    for frames_THWC in chunks:
+        if source is None:
+            source = animator.encode_source(frames_THWC[0])
+        generated = animator.render(source, animator.encode_driving(frames_THWC))
+        yield generated, to_tensor(frames_THWC, device=animator.device)
 
 
 def _watched(pairs: Iterable[FramePair], kept: list[Frames]) -> Iterator[FramePair]:
