@@ -162,6 +162,19 @@ class StepMetrics:
 
 
 @dataclass(frozen=True, slots=True)
+class ValidationScore:
+    """One metric on clips that are not trained on, after step `step` of a phase: the mean over
+    clips. A run's `validation.parquet`.
+    """
+
+    phase: str
+    step: int
+    metric: str
+    value: float
+    num_clips: int
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointRef:
     """A weights file: `uri`, its step and its SHA-256."""
 

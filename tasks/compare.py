@@ -17,6 +17,7 @@ curves.svg  strip*.png  strip*.mp4  index.html
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -58,6 +59,7 @@ from kpmask.records import (
     Progress,
     RunManifest,
     StepMetrics,
+    ValidationScore,
     digest,
 )
 from kpmask.report import Curve, Strip, comparison_curves_svg, comparison_page
@@ -93,6 +95,7 @@ _NOT_SHARED: Final = frozenset({"data", "out", "systems", "seeds", "baseline", "
 CALIBRATION_STEPS: Final = 10
 WARM_UP_STEPS: Final = 3
 NEVER: Final = 10**9  # steps
+VALIDATED: Final = "l1_moving"  # the steadiest score; what curves show where runs have it
 
 
 @dataclass(frozen=True)
@@ -563,7 +566,16 @@ def _device_text(job: CompareJob) -> str:
 
 
 def _curve(run: PlannedRun) -> Curve:
-    return Curve(label=run.name, metrics=_metrics(run))
+    """A run's course; steps count on from phase to phase."""
+    metrics = _metrics(run)
+    store = open_store(run.job.out)
+    rows = read_table_if_any(store, train_folder.VALIDATION, ValidationScore) or []
+    lengths = {row.phase: row.step for row in metrics}
+    starts = dict(zip(lengths, itertools.accumulate(lengths.values(), initial=0), strict=False))
+    validation = [
+        (starts[row.phase] + row.step, row.value) for row in rows if row.metric == VALIDATED
+    ]
+    return Curve(label=run.name, metrics=metrics, validation=validation)
 
 
 def _put_strips(opened: Opened, runs: Sequence[PlannedRun]) -> None:

@@ -29,6 +29,7 @@ from tasks.storage import ObjectStore, absolute, open_store
 RUN: Final = "run.json"
 CONFIG: Final = "config.toml"
 METRICS: Final = "metrics.parquet"
+VALIDATION: Final = "validation.parquet"  # ValidationScore; not every run has it
 CURVE: Final = "loss.svg"
 SAMPLES: Final = "samples"
 PHASES: Final = "phases"

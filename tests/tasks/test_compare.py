@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from kpmask.config import CompareJob, TrainJob, resolve_job
 from kpmask.data.shards import ShardWriter
 from kpmask.errors import ConfigError, DatasetError
 from kpmask.media import images
-from kpmask.records import ClipRecord, ComparedScore, DatasetManifest, Progress
+from kpmask.records import ClipRecord, ComparedScore, DatasetManifest, Progress, ValidationScore
 from tasks.compare import compare, plan, seconds_per_step
 from tasks.dataset import open_dataset
 from tasks.manifest import read_table, write_json, write_table
@@ -390,3 +391,25 @@ def test_no_dataset(tmp_path: Path) -> None:
     with pytest.raises(DatasetError) as error:
         compare(job(str(tmp_path / "nothing"), tmp_path / "out"))
     assert "kpmask preprocess" in error.value.hint
+
+
+# --- curves ----------------------------------------------------------------------------------
+
+
+def test_validation_scores_are_drawn_where_runs_have_them(
+    data: str, finished: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    assert "held-out clips" not in (out / "curves.svg").read_text()
+    rows = [
+        ValidationScore("fomm", 3, "l1_moving", 0.3, 4),
+        ValidationScore("fomm", 3, "l1", 0.1, 4),
+        ValidationScore("keypoint-mask", 2, "l1_moving", 0.2, 4),
+    ]
+    run = open_store(str(out / "runs" / "heatmap"))
+    write_table(run, "validation.parquet", rows, ValidationScore)
+    opened = tasks.compare._opened(job(data, out))
+    assert tasks.compare._curve(opened.run("heatmap")).validation == [(3, 0.3), (5, 0.2)]
+    compare(job(data, out))
+    assert "held-out clips" in (out / "curves.svg").read_text()
