@@ -70,6 +70,7 @@ from tasks.dataset import open_dataset
 from tasks.manifest import (
     read_json,
     read_table,
+    read_table_if_any,
     read_table_metadata,
     write_json,
     write_table,
