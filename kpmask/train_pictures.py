@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from kpmask.data.loader import ReadFrames, to_float
+from kpmask.data.frame_cache import ReadFrames
+from kpmask.data.loader import to_float
 from kpmask.models.base import AnimationSystem, Batch
 from kpmask.records import ClipRecord
 
