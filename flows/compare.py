@@ -8,12 +8,12 @@ from flows import artifacts, engine
 from kpmask.config import CompareJob
 from kpmask.records import Comparison, RunManifest
 from kpmask.report.comparison import comparison_tables
-from tasks import compare
+from tasks import compare, compare_plan
 
 
 @engine.stage("prepare-comparison", timeout_s=engine.DAY_S)
 def prepare_stage(job: CompareJob) -> tuple[str, ...]:
-    return compare.prepare(job, on_progress=engine.StageProgress())
+    return compare_plan.prepare(job, on_progress=engine.StageProgress())
 
 
 @engine.stage("train-system", timeout_s=30 * engine.DAY_S)

@@ -69,7 +69,7 @@ def plan_train(job: config.TrainJob) -> list[str]:
 
 
 def plan_compare(job: config.CompareJob) -> list[str]:
-    from tasks.compare import plan
+    from tasks.compare_plan import plan
 
     return plan(job)
 

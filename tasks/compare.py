@@ -1,6 +1,6 @@
-"""Systems trained and scored side by side: budgets, runs, scores, and the table of all.
+"""Systems trained and scored side by side, and the table of all.
 
-compare.json            what all systems share, the clips held out, every system's steps; first
+compare.json            what will be done (`tasks.compare_plan`); first
 runs/<system>           a training run each (`-seed<n>` for seeds other than 0)
 scores/<run>/           its scores, and the frames that strips show of it
 scores.parquet          ComparedScore, all runs together
@@ -10,49 +10,32 @@ curves.svg  strip*.png  strip*.mp4  index.html
 - Every run is an ordinary one, trained in this process: a finished one is passed over, an
   interrupted one goes on. Runs are trained in turn, since two at once would share what the budget
   in minutes is counted on.
-- All functions but `compare` take the job and the name of a run, and read the rest from
-  `compare.json`; so each may be run by another process.
+- All functions but `compare` do one step, so that each may be run by another process.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kpmask.animate import choose_device
-from kpmask.compare import (
-    CROSS_METRICS,
-    comparison_rows,
-    cross_pairs,
-    planned_lengths,
-    steps_within,
-    training_seconds,
-    with_budget,
-)
+from kpmask.compare import CROSS_METRICS, comparison_rows, cross_pairs, training_seconds
 from kpmask.compare_pictures import StripRow, moving_strip, still_strip
-from kpmask.config import ComparedSystem, CompareJob, TrainJob, validated
+from kpmask.config import CompareJob
 from kpmask.data.shards import Shard, ShardWriter
 from kpmask.device import gpu_names
-from kpmask.errors import ConfigError, DatasetError
 from kpmask.evaluate import metric_info
-from kpmask.losses import PerceptualLoss
 from kpmask.media import images
 from kpmask.media.encode import encode
 from kpmask.metrics import build_metrics
-from kpmask.models import build_system
-from kpmask.perceptual import load_perceptual
 from kpmask.records import (
-    ClipRecord,
     ComparedRun,
     ComparedScore,
     Comparison,
@@ -60,13 +43,20 @@ from kpmask.records import (
     RunManifest,
     StepMetrics,
     ValidationScore,
-    digest,
 )
 from kpmask.report import Curve, Strip, comparison_curves_svg, comparison_page
-from kpmask.train import Worker
 from tasks import train_folder
+from tasks.compare_plan import (
+    COMPARE,
+    Opened,
+    PlannedRun,
+    budget_text,
+    device_of,
+    open_comparison,
+    prepare,
+    scored_clips,
+)
 from tasks.compare_scores import Scoring, SystemScores, pair_id, score_system
-from tasks.dataset import open_dataset
 from tasks.manifest import (
     read_json,
     read_table,
@@ -75,52 +65,19 @@ from tasks.manifest import (
     write_json,
     write_table,
 )
-from tasks.storage import ObjectStore, absolute, open_store
+from tasks.storage import ObjectStore, open_store
 from tasks.train import train_here
-from tasks.train_folder import TrainingData
-from tasks.train_worker import samplers
 
 OnProgress = Callable[[Progress], None]
 Frames = NDArray[np.uint8]  # THWC RGB
 
-COMPARE: Final = "compare.json"
 COMPARISON: Final = "comparison.json"
 SCORES: Final = "scores.parquet"
 PICTURES: Final = "pictures.arrow"
 CURVES: Final = "curves.svg"
 PAGE: Final = "index.html"
 STRIPS: Final = {"strip": "Reconstruction", "strip-cross": "Another identity's motion"}
-
-# What the table's rows need not have in common.
-_NOT_SHARED: Final = frozenset({"data", "out", "systems", "seeds", "baseline", "device"})
-CALIBRATION_STEPS: Final = 10
-WARM_UP_STEPS: Final = 3
-NEVER: Final = 10**9  # steps
 VALIDATED: Final = "l1_moving"  # the steadiest score; what curves show where runs have it
-
-
-@dataclass(frozen=True)
-class PlannedRun:
-    """A training run of the comparison."""
-
-    name: str
-    system: str
-    seed: int
-    job: TrainJob
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A comparison that is under way, as its `compare.json` has it."""
-
-    job: CompareJob
-    store: ObjectStore
-    data: TrainingData
-    settings_digest: str
-    runs: tuple[PlannedRun, ...]
-
-    def run(self, name: str) -> PlannedRun:
-        return next(run for run in self.runs if run.name == name)
 
 
 def compare(job: CompareJob, *, on_progress: OnProgress | None = None) -> Comparison:
@@ -143,242 +100,6 @@ def _ignore(progress: Progress) -> None:
     """For callers who do not want to know."""
 
 
-# --- what will be done -----------------------------------------------------------------------
-
-
-def plan(job: CompareJob) -> list[str]:
-    """What `compare` would do, a line each; nothing is written, and no speed is measured.
-
-    Raises:
-        KpmaskError: as `prepare`.
-    """
-    job = _placed(job)
-    data = _checked(job)
-    clips = _test_clips(job, data)
-    where = "held out of training by identity" if _is_held_out(job) else "of its test split"
-    lines = [f"{len(data.train)} train clips, {len(clips)} to score on ({where})"]
-    for system in job.systems:
-        planned = _train_job(job, system, seed=job.seeds[0], name=system.name)
-        pairs = _pairs_per_epoch(planned, data)
-        if job.steps is not None:
-            planned = with_budget(planned, job.steps, pairs_per_epoch=pairs)
-        lengths = planned_lengths(planned, pairs_per_epoch=pairs)
-        phases = zip(planned.phases, lengths, strict=True)
-        text = ", ".join(f"{phase.name} {length}" for phase, length in phases)
-        unit = "parts" if job.minutes is not None else "steps"
-        lines.append(f"{system.name}: {text} {unit}, {len(job.seeds)} seeds")
-    return [*lines, f"budget: {_budget_text(job)}"]
-
-
-def prepare(job: CompareJob, *, on_progress: OnProgress | None = None) -> tuple[str, ...]:
-    """Check everything, measure speeds where the budget is in minutes, and write `compare.json`.
-
-    Returns:
-        The names of the runs, in their order.
-
-    Raises:
-        ConfigError: settings that do not go together, or `out` holds another comparison.
-        DatasetError: the dataset cannot be trained on, or has nothing to score on.
-        CheckpointError: the perceptual features cannot be had.
-    """
-    job = _placed(job)
-    data = _checked(job)
-    store = open_store(job.out)
-    shared = _shared(job, data)
-    old = read_json(store, COMPARE) if store.exists(COMPARE) else {}
-    _check_same(old, job, shared)
-    steps = _budgets(job, data, old.get("systems", {}), on_progress or _ignore)
-    document = {
-        "job": job.model_dump(mode="json"),
-        "shared": shared,
-        "systems": {**old.get("systems", {}), **steps},
-        "held_out": _is_held_out(job),
-        "test_clips": [clip.name for clip in _test_clips(job, data)],
-        "test_identities": sorted({clip.identity for clip in _test_clips(job, data)}),
-    }
-    write_json(store, COMPARE, document)
-    return tuple(run.name for run in _opened(job).runs)
-
-
-def _opened(job: CompareJob) -> Opened:
-    """The comparison that `prepare` left."""
-    job = _placed(job)
-    store = open_store(job.out)
-    document = read_json(store, COMPARE)
-    first = _train_job(job, job.systems[0], seed=job.seeds[0], name="")
-    data = train_folder.open_data(first)
-    runs = []
-    for seed in job.seeds:
-        for system in job.systems:
-            name = system.name if seed == 0 else f"{system.name}-seed{seed}"
-            run = _train_job(job, system, seed=seed, name=name)
-            steps = document["systems"][system.name]["steps"]
-            pairs = _pairs_per_epoch(run, data)
-            if steps != sum(planned_lengths(run, pairs_per_epoch=pairs)):
-                run = with_budget(run, steps, pairs_per_epoch=pairs)
-            runs.append(PlannedRun(name, system.name, seed, run))
-    return Opened(job, store, data, digest(document["shared"]), tuple(runs))
-
-
-def _placed(job: CompareJob) -> CompareJob:
-    return job.model_copy(update={"data": absolute(job.data), "out": absolute(job.out)})
-
-
-def _device(job: CompareJob) -> str:
-    return str(choose_device(job.device))
-
-
-def _train_job(job: CompareJob, system: ComparedSystem, *, seed: int, name: str) -> TrainJob:
-    """A system's training, with the phases' own lengths."""
-    update = {} if job.batch_size is None else {"batch_size": job.batch_size}
-    phases = [phase.model_copy(update=update) for phase in system.phases]
-    values = {
-        **job.train.model_dump(mode="json"),
-        "data": job.data,
-        "out": f"{job.out}/runs/{name}",
-        "phases": [phase.model_dump(mode="json") for phase in phases],
-        "seed": seed,
-        "use_gpu": _device(job) == "cuda",
-        "holdout_fraction": job.holdout_fraction,
-    }
-    return validated(TrainJob, values)
-
-
-def _pairs_per_epoch(job: TrainJob, data: TrainingData) -> int:
-    return samplers(job, data, Worker())[0].pairs_per_epoch
-
-
-def _checked(job: CompareJob) -> TrainingData:
-    """The dataset, once all that can be wrong with the job has been looked at."""
-    features = load_perceptual(job.train.perceptual, job.train.perceptual_weights)
-    for system in job.systems:
-        run = _train_job(job, system, seed=job.seeds[0], name=system.name)
-        data = train_folder.open_data(run)
-        pairs = _pairs_per_epoch(run, data)
-        if job.steps is not None:
-            with_budget(run, job.steps, pairs_per_epoch=pairs)
-        for phase in run.phases:
-            with torch.device("meta"):  # no memory, no time
-                built = build_system(phase.model)
-            loss = None if features is None else PerceptualLoss(features, phase.losses.scales)
-            built.set_losses(phase.losses, loss)
-    if not _test_clips(job, data):
-        raise DatasetError(
-            "it has no test clips, and one identity only: nothing can be held out",
-            subject=job.data,
-            code="dataset_too_small",
-        )
-    return data
-
-
-def _test_clips(job: CompareJob, data: TrainingData) -> Sequence[ClipRecord]:
-    return data.dataset.partition("test")[: job.max_clips]
-
-
-def _is_held_out(job: CompareJob) -> bool:
-    """Whether the test clips are taken from training, for want of others."""
-    return not open_dataset(job.data).partition("test")
-
-
-def _budget_text(job: CompareJob) -> str:
-    if job.steps is not None:
-        return f"{job.steps} steps a system"
-    if job.minutes is not None:
-        return f"{job.minutes:g} minutes of training a system"
-    return "each system's own length"
-
-
-def _shared(job: CompareJob, data: TrainingData) -> dict[str, Any]:
-    """All that makes the rows of the table comparable, as JSON values."""
-    values = job.model_dump(mode="json", exclude=set(_NOT_SHARED))
-    for name in train_folder.NO_SETTINGS | {"seed"}:
-        values["train"].pop(name, None)
-    return {"dataset_id": data.dataset_id, **values}
-
-
-def _check_same(old: Mapping[str, Any], job: CompareJob, shared: Mapping[str, Any]) -> None:
-    """Refuse to mix two comparisons; another system, seed or baseline may join.
-
-    Raises:
-        ConfigError: naming what differs.
-    """
-    if not old:
-        return
-    names = [system.name for system in job.systems]
-    before = {n: s["phases_digest"] for n, s in old["systems"].items() if n in names}
-    now = {s.name: _phases_digest(s) for s in job.systems if s.name in before}
-    mine = {"settings": {**shared, "systems": now}}
-    theirs = {"settings": {**old["shared"], "systems": before}}
-    if mine != theirs:
-        raise ConfigError(
-            f"another comparison is here: {train_folder.differences(theirs, mine['settings'])}",
-            subject=job.out,
-            hint="give another --out",
-        )
-
-
-def _phases_digest(system: ComparedSystem) -> str:
-    return digest([phase.model_dump(mode="json") for phase in system.phases])
-
-
-# --- budget ----------------------------------------------------------------------------------
-
-
-def _budgets(
-    job: CompareJob, data: TrainingData, old: Mapping[str, Any], on_progress: OnProgress
-) -> dict[str, Any]:
-    """Every system's steps; speeds that were measured before are kept."""
-    found = {}
-    for number, system in enumerate(job.systems):
-        if job.minutes is not None:
-            on_progress(Progress("measure speeds", number, len(job.systems), system.name))
-        if system.name in old:
-            found[system.name] = old[system.name]
-            continue
-        run = _train_job(job, system, seed=job.seeds[0], name=system.name)
-        found[system.name] = {
-            "phases_digest": _phases_digest(system),
-            **_budget(job, run, pairs_per_epoch=_pairs_per_epoch(run, data)),
-        }
-    if job.minutes is not None:
-        on_progress(Progress("measure speeds", len(job.systems), len(job.systems)))
-    return found
-
-
-def _budget(job: CompareJob, run: TrainJob, *, pairs_per_epoch: int) -> dict[str, Any]:
-    lengths = planned_lengths(run, pairs_per_epoch=pairs_per_epoch)
-    if job.minutes is None:
-        return {"steps": job.steps or sum(lengths), "seconds_per_step": None}
-    speeds = seconds_per_step(run)
-    steps = steps_within(job.minutes, lengths=lengths, seconds_per_step=speeds)
-    return {"steps": steps, "seconds_per_step": speeds}
-
-
-def seconds_per_step(job: TrainJob) -> list[float]:
-    """How long a step of each phase takes here: a few real ones, whose results are thrown away."""
-    phases = [phase.model_copy(update={"max_steps": CALIBRATION_STEPS}) for phase in job.phases]
-    with tempfile.TemporaryDirectory(prefix="kpmask-") as folder:
-        short = job.model_copy(
-            update={
-                "out": folder,
-                "phases": tuple(phases),
-                "log_every_steps": 1,
-                "sample_every_steps": NEVER,
-                "checkpoint_every_steps": NEVER,
-            }
-        )
-        train_here(short)
-        rows = read_table(open_store(folder), train_folder.METRICS, StepMetrics)
-    return [
-        statistics.median(
-            phase.batch_size / row.samples_per_s
-            for row in rows
-            if row.phase == phase.name and row.step > WARM_UP_STEPS
-        )
-        for phase in phases
-    ]
-
-
 # --- one run ---------------------------------------------------------------------------------
 
 
@@ -388,7 +109,7 @@ def train_run(job: CompareJob, name: str, *, on_progress: OnProgress | None = No
     Raises:
         KpmaskError: as `tasks.train.train`.
     """
-    run = _opened(job).run(name)
+    run = open_comparison(job).run(name)
     report = on_progress or _ignore
 
     def renamed(progress: Progress) -> None:
@@ -403,7 +124,7 @@ def score_run(job: CompareJob, name: str, *, on_progress: OnProgress | None = No
     Raises:
         KpmaskError: as `score_system`.
     """
-    opened = _opened(job)
+    opened = open_comparison(job)
     run = opened.run(name)
     report = on_progress or _ignore
     runs = open_store(run.job.out)
@@ -426,14 +147,14 @@ def score_run(job: CompareJob, name: str, *, on_progress: OnProgress | None = No
 
 def _scoring(opened: Opened) -> Scoring:
     job = opened.job
-    clips = _test_clips(job, opened.data)
+    clips = scored_clips(job, opened.data)
     return Scoring(
         dataset=opened.data.dataset,
         clips=clips,
         pairs=cross_pairs(clips, job.cross_pairs),
         metrics=job.metrics,
         cross_frames=job.cross_frames,
-        device=_device(job),
+        device=device_of(job),
     )
 
 
@@ -455,7 +176,7 @@ def publish(job: CompareJob) -> Comparison:
     Raises:
         StorageError: a store denies, lacks space or does not answer.
     """
-    opened = _opened(job)
+    opened = open_comparison(job)
     scored = [run for run in opened.runs if opened.store.exists(f"scores/{run.name}/{SCORES}")]
     scores = _all_scores(opened, scored)
     comparison = _comparison(opened, scored, scores)
@@ -514,7 +235,7 @@ def _comparison(
         uri=opened.store.uri,
         settings_digest=opened.settings_digest,
         dataset_id=opened.data.dataset_id,
-        budget=_budget_text(job),
+        budget=budget_text(job),
         batch_size=opened.runs[0].job.phases[0].batch_size,
         perceptual=job.train.perceptual,
         device=_device_text(job),
@@ -558,7 +279,7 @@ def _compared_run(opened: Opened, run: PlannedRun) -> ComparedRun:
 
 
 def _device_text(job: CompareJob) -> str:
-    if _device(job) == "cuda":
+    if device_of(job) == "cuda":
         return gpu_names()[0]
     return f"CPU, {torch.get_num_threads()} threads"
 

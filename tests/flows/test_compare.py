@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import tasks.compare
+import tasks.compare_plan
 from flows import compare as compare_flows
 from flows import engine, jobs
 from flows.cli import app
@@ -74,7 +75,7 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         called.append("publish")
         return comparison_at(job.out)
 
-    monkeypatch.setattr(tasks.compare, "prepare", prepare)
+    monkeypatch.setattr(tasks.compare_plan, "prepare", prepare)
     monkeypatch.setattr(tasks.compare, "train_run", one("train"))
     monkeypatch.setattr(tasks.compare, "score_run", one("score"))
     monkeypatch.setattr(tasks.compare, "publish", publish)

@@ -17,13 +17,15 @@ import torch
 from PIL import Image
 
 import tasks.compare
+import tasks.compare_plan
 from kpmask import Animator
 from kpmask.config import CompareJob, TrainJob, resolve_job
 from kpmask.data.shards import ShardWriter
 from kpmask.errors import ConfigError, DatasetError
 from kpmask.media import images
 from kpmask.records import ClipRecord, ComparedScore, DatasetManifest, Progress, ValidationScore
-from tasks.compare import compare, plan, seconds_per_step
+from tasks.compare import compare
+from tasks.compare_plan import open_comparison, plan, seconds_per_step
 from tasks.dataset import open_dataset
 from tasks.manifest import read_table, write_json, write_table
 from tasks.report import rebuild_page
@@ -324,7 +326,7 @@ def test_minutes_become_steps_once(
         measured.append(len(job.phases))
         return speeds[len(job.phases)]
 
-    monkeypatch.setattr(tasks.compare, "seconds_per_step", measure)
+    monkeypatch.setattr(tasks.compare_plan, "seconds_per_step", measure)
     wanted = job(data, tmp_path / "out", "fomm", "circles", steps=None, minutes=0.05, cross_pairs=0)
     found = compare(wanted)
     assert [run.steps for run in found.runs] == [6, 5]  # 3 s of 0.5 s, and of 0.6 s on average
@@ -409,7 +411,7 @@ def test_validation_scores_are_drawn_where_runs_have_them(
     ]
     run = open_store(str(out / "runs" / "heatmap"))
     write_table(run, "validation.parquet", rows, ValidationScore)
-    opened = tasks.compare._opened(job(data, out))
+    opened = open_comparison(job(data, out))
     assert tasks.compare._curve(opened.run("heatmap")).validation == [(3, 0.3), (5, 0.2)]
     compare(job(data, out))
     assert "held-out clips" in (out / "curves.svg").read_text()
