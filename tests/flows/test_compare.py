@@ -169,7 +169,6 @@ def test_flags_reach_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["--preset", "debug", "--systems", "fomm,nope"], "no system 'nope'; it has: heatmap"),
         (["--preset", "debug", "--systems", ""], "no system ''"),
-        (["--preset", "demo"], "one system only"),
         ([], "give --preset"),
         (["--preset", "debug", "--seeds", "1,x"], "--seeds: '1,x' is not numbers"),
         (["--preset", "debug", "--steps", "1"], "steps 1 are too few for the 2 phases"),
@@ -180,6 +179,13 @@ def test_flags_reach_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_what_the_command_refuses(arguments: list[str], said: str) -> None:
     assert said in refused("compare", "--data", "d", "--out", "o", *arguments)
+
+
+def test_a_preset_of_one_system_has_nothing_to_compare(tmp_path: Path) -> None:
+    preset = tmp_path / "mine.toml"
+    preset.write_text("[train]\nseed = 3\n")
+    base = ("compare", "--data", "d", "--out", "o", "--preset", str(preset))
+    assert "one system only" in refused(*base)
 
 
 def test_train_takes_one_of_a_presets_systems(monkeypatch: pytest.MonkeyPatch) -> None:
