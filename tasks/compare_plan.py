@@ -120,7 +120,7 @@ def prepare(job: CompareJob, *, on_progress: OnProgress | None = None) -> tuple[
         "systems": {**old.get("systems", {}), **steps},
         "held_out": _is_held_out(job),
         "test_clips": [clip.name for clip in scored_clips(job, data)],
-        "test_identities": sorted({clip.identity for clip in scored_clips(job, data)}),
+        "test_identities": sorted({c.identity for c in data.dataset.partition("test")}),
     }
     write_json(store, COMPARE, document)
     return tuple(run.name for run in open_comparison(job).runs)
