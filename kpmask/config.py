@@ -210,6 +210,10 @@ class TrainSettings(Part):
     log_every_steps: PositiveInt = 10
     sample_every_steps: PositiveInt = 200
     checkpoint_every_steps: PositiveInt = 200
+    validate_every_steps: PositiveInt | None = None  # on test clips; None: with each checkpoint
+    tensorboard: bool = False  # also write events for TensorBoard
+    # After a loss, train on with this many workers, if no more can be had; None: wait for all.
+    min_workers: PositiveInt | None = None
     max_restarts: Annotated[int, Field(ge=0)] = 2
     resume: bool = True
 
@@ -226,6 +230,10 @@ class TrainJob(TrainSettings):
     @model_validator(mode="after")
     def _phases_fit(self) -> TrainJob:
         check_phases(self.phases, num_workers=self.num_workers)
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(
+                f"min_workers {self.min_workers} is more than num_workers {self.num_workers}"
+            )
         return self
 
 

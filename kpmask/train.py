@@ -165,6 +165,8 @@ class Trainer:
         seed: of the whole training.
         worker: which worker this is.
         precision: what convolutions are computed in.
+        compile_losses: compile the forward and backward passes, which takes minutes once and pays
+            off on GPUs only.
 
     Raises:
         ConfigError: the losses leave nothing to minimise.
@@ -179,17 +181,19 @@ class Trainer:
         seed: int,
         worker: Worker | None = None,
         precision: Precision = "float32",
+        compile_losses: bool = False,
     ) -> None:
         self.plan = plan
-        self.system = system
         self.step_number = 0  # how many steps are done
         self._seed = seed
         self._worker = worker or Worker()
         self._device_type = torch.device(self._worker.device).type
         self._narrow = precision == "bfloat16"
         phase = plan.phase
+        if shares_statistics(self._worker):
+            system = nn.SyncBatchNorm.convert_sync_batchnorm(system)  # type: ignore[no-untyped-call]
         _place(system, self._worker.device)
-        system.train()
+        self.system = system.train()
         # Before the losses are set: their features are no part of it.
         self._average = moving_average(system, phase.ema_decay) if phase.ema_decay else None
         loss = None if features is None else PerceptualLoss(features, phase.losses.scales)
@@ -198,6 +202,9 @@ class Trainer:
             _place(loss, self._worker.device)
         self._optimizer = build_optimizer(phase, system)
         self._module = self._worker.wrap(system)
+        self._forward: Callable[[Batch], LossTerms] = self._module
+        if compile_losses:
+            self._forward = torch.compile(self._module)
 
     @property
     def result(self) -> System:
@@ -250,8 +257,7 @@ class Trainer:
 
     def _losses(self, part: Batch) -> LossTerms:
         with torch.autocast(self._device_type, torch.bfloat16, enabled=self._narrow):
-            losses: LossTerms = self._module(part)
-        return losses
+            return self._forward(part)
 
     def _no_exchange(self) -> contextlib.AbstractContextManager[None]:
         module = self._module
@@ -289,6 +295,15 @@ class Trainer:
         self.step_number = int(state["step"])
 
 
+def shares_statistics(worker: Worker) -> bool:
+    """Whether batch norm sees the batches of all workers, as the original projects' does.
+
+    Torch has that for GPUs only. On CPUs each worker normalises by its own part of the batch, and
+    the running statistics that are kept are the first worker's.
+    """
+    return worker.count > 1 and torch.device(worker.device).type == "cuda"
+
+
 def _place(module: nn.Module, device: str) -> None:
     # Convolutions train 1.4 times as fast on a CPU in this layout, and on a GPU's tensor cores.
     module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -311,13 +326,14 @@ def fit(
     batches: Iterable[Batch],
     *,
     after_step: Callable[[StepResult], bool] = lambda result: False,
-    on_failure: Callable[[Batch], None] = lambda batch: None,
+    on_failure: Callable[[Batch, RunFailed], RunFailed] = lambda batch, error: error,
 ) -> bool:
     """Train on `batches`, the first of which is that of the trainer's next step.
 
     Args:
         after_step: called after every step; true ends the training there.
-        on_failure: called with the batch of a step that failed, before its error goes on.
+        on_failure: called with the batch of a step that failed and its error; gives the error
+            that goes on.
 
     Returns:
         Whether all batches were trained on.
@@ -328,9 +344,8 @@ def fit(
     for batch in batches:
         try:
             result = trainer.step(batch)
-        except RunFailed:
-            on_failure(batch)
-            raise
+        except RunFailed as error:
+            raise on_failure(batch, error) from None
         if after_step(result):
             return False
     return True

@@ -60,6 +60,11 @@ def sample_strip(system: AnimationSystem[Any, Any], batch: Batch) -> np.ndarray:
     return _tiled([*columns, shown.image_BCHW])
 
 
+def batch_strip(batch: Batch) -> np.ndarray:
+    """A row a pair: source | driving; what is not a number is black. uint8 HWC."""
+    return _tiled([batch.source_BCHW.nan_to_num(0), batch.driving_BCHW.nan_to_num(0)])
+
+
 def _tiled(columns: Sequence[Tensor]) -> np.ndarray:
     """Batches side by side, entries below each other, small tiles enlarged by whole numbers."""
     rows_BCHW = torch.cat([column.cpu() for column in columns], dim=3)

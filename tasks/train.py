@@ -1,8 +1,9 @@
 """A dataset -> a trained model: the training job on Ray Train.
 
 - Ray Train starts the workers, joins them (gloo on CPUs, NCCL on GPUs) and starts them again when
-  one dies. What they have done is in our own storage, so a restart, a rerun of the command and a
-  run on another machine all go on in the same way: from the newest checkpoint there.
+  one dies; fewer of them, if the job allows it and no more can be had. What they have done is in
+  our own storage, so a restart, a rerun of the command and a run on another machine all go on in
+  the same way: from the newest checkpoint there.
 - The driver waits in `fit` on a thread of its own, passes progress on, and turns Ctrl-C into a
   request to stop, upon which the workers leave a checkpoint.
 """
@@ -13,6 +14,7 @@ import functools
 import logging
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +23,7 @@ import ray.train
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from kpmask.config import TrainJob
 from kpmask.errors import (
@@ -38,6 +40,7 @@ from tasks import train_folder
 from tasks.channel import Channel
 from tasks.cluster import ray_session
 from tasks.train_folder import RunFolder
+from tasks.train_log import require_tensorboard
 from tasks.train_worker import Line, run_worker, samplers
 
 log = logging.getLogger(__name__)
@@ -46,6 +49,7 @@ OnProgress = Callable[[Progress], None]
 
 POLL_S = 0.5
 STOP_PATIENCE_S = 60.0  # for the step that runs and a checkpoint
+LOSS_PATIENCE_S = 30.0  # for a lost worker's place to come back
 
 
 def train(job: TrainJob, *, on_progress: OnProgress | None = None) -> RunManifest:
@@ -126,6 +130,8 @@ def _prepared(job: TrainJob) -> tuple[RunFolder, RunManifest | None]:
         log.info("run %s is finished already", folder.run_id)
         return folder, finished
     load_perceptual(job.perceptual, job.perceptual_weights)
+    if job.tensorboard:
+        require_tensorboard()
     folder.claim(job)
     log.info("run %s: perceptual features are %s", folder.run_id, job.perceptual)
     return folder, None
@@ -142,9 +148,43 @@ def _manifest(folder: RunFolder) -> RunManifest:
 
 
 def _fit(job: TrainJob, on_progress: OnProgress) -> None:
-    """Run the workers and wait for them, passing their progress on."""
+    """Run the workers to the end, starting them again as often as the job allows.
+
+    The same number of workers is Ray Train's to start again. With `min_workers` it is ours: Ray's
+    own elasticity would also take numbers that no batch divides by, and would stop a training
+    that goes well as soon as there is room for more workers.
+    """
     channel = Channel.open()
-    waiting = _Waiting(_trainer(job, channel))
+    threads, count, restarts = _threads_per_worker(job), job.num_workers, 0
+    try:
+        while True:
+            error = _attempt(_trainer(job, channel, count, threads), channel, on_progress)
+            if error is None:
+                return
+            lost_worker = not isinstance(error, ray.train.ControllerError)  # else none was had
+            if job.min_workers is None or (lost_worker and restarts == job.max_restarts):
+                raise RunFailed(
+                    f"the workers failed: {_first_line(error)}", code="training_failed"
+                ) from error
+            restarts += lost_worker
+            count = _count_to_be_had(job, threads)
+            log.warning(
+                "workers were lost: going on from the newest checkpoint with %d of %d (%s)",
+                count,
+                job.num_workers,
+                _first_line(error),
+            )
+    finally:
+        channel.close()
+
+
+def _attempt(trainer: TorchTrainer, channel: Channel, on_progress: OnProgress) -> Exception | None:
+    """Run the workers once, passing their progress on; what went wrong with Ray.
+
+    Raises:
+        KpmaskError: what a worker found wrong with the job.
+    """
+    waiting = _Waiting(trainer)
     waiting.start()
     try:
         _follow(waiting, channel, on_progress)
@@ -153,15 +193,38 @@ def _fit(job: TrainJob, on_progress: OnProgress) -> None:
         channel.stop()
         waiting.ended.wait(STOP_PATIENCE_S)
         raise
-    finally:
-        _, error = channel.read()
-        channel.close()
+    _, error = channel.read()
     if error is not None:
         raise error
-    if waiting.error is not None:
-        raise RunFailed(
-            f"the workers failed: {_first_line(waiting.error)}", code="training_failed"
-        ) from waiting.error
+    return waiting.error
+
+
+def _count_to_be_had(job: TrainJob, threads: int) -> int:
+    """How many workers to go on with: all of them if they can be had soon, else the most.
+
+    Every phase's batch must divide by it. Waits for as long as there are fewer than `min_workers`.
+    """
+    least = job.min_workers or job.num_workers
+    allowed = [n for n in range(least, job.num_workers + 1) if _shares_batches(job, n)]
+    end_s = time.monotonic() + LOSS_PATIENCE_S
+    while True:
+        there = _resources()
+        possible = int(there.get("CPU", 0) // threads)
+        if job.use_gpu:
+            possible = min(possible, int(there.get("GPU", 0)))
+        fitting = [n for n in allowed if n <= possible]
+        if fitting and (fitting[-1] == job.num_workers or time.monotonic() > end_s):
+            return fitting[-1]
+        time.sleep(POLL_S)
+
+
+def _shares_batches(job: TrainJob, count: int) -> bool:
+    return all(phase.batch_size % (count * phase.accumulate) == 0 for phase in job.phases)
+
+
+def _resources() -> dict[str, float]:
+    there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return there
 
 
 def _follow(waiting: _Waiting, channel: Channel, on_progress: OnProgress) -> None:
@@ -203,11 +266,17 @@ def _first_line(error: Exception) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def _trainer(job: TrainJob, channel: Channel) -> TorchTrainer:
-    threads = _threads_per_worker(job)
+def _trainer(job: TrainJob, channel: Channel, count: int, threads: int) -> TorchTrainer:
     resources: dict[str, float] = {"CPU": float(threads)}
     if job.use_gpu:
         resources["GPU"] = 1.0
+    failures = FailureConfig(max_failures=job.max_restarts)
+    if job.min_workers is not None:  # ours to start again
+        failures = FailureConfig(  # mypy sees the class of Ray's first version
+            max_failures=0,
+            controller_failure_limit=0,  # type: ignore[call-arg]
+            max_preemption_failures=0,
+        )
     return TorchTrainer(
         _worker_main,
         train_loop_config={
@@ -216,12 +285,12 @@ def _trainer(job: TrainJob, channel: Channel) -> TorchTrainer:
             "channel": channel,
         },
         scaling_config=ScalingConfig(
-            num_workers=job.num_workers, use_gpu=job.use_gpu, resources_per_worker=resources
+            num_workers=count, use_gpu=job.use_gpu, resources_per_worker=resources
         ),
         run_config=RunConfig(
             # Ray keeps notes of its own; ours are in the run's folder, so these may go.
             storage_path=tempfile.mkdtemp(prefix="kpmask-ray-train-"),
-            failure_config=FailureConfig(max_failures=job.max_restarts),
+            failure_config=failures,
         ),
     )
 
@@ -232,7 +301,7 @@ def _threads_per_worker(job: TrainJob) -> int:
     Raises:
         ConfigError: Ray has too little, and would wait for ever.
     """
-    there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    there = _resources()
     threads = job.threads_per_worker or max(1, int(there.get("CPU", 0) / job.num_workers))
     wanted = {"CPU": threads * job.num_workers, "GPU": job.num_workers * job.use_gpu}
     for name, count in wanted.items():
@@ -275,9 +344,17 @@ def _ray_worker(job: TrainJob) -> Worker:
         rank=context.get_world_rank(),
         count=count,
         device=device,
-        wrap=ray.train.torch.prepare_model,
+        wrap=_shared,
         mean=functools.partial(_mean_over_workers, device=device, count=count),
     )
+
+
+def _shared(module: nn.Module) -> nn.Module:
+    # A loss that begins in a later epoch leaves its network without a gradient until then.
+    wrapped: nn.Module = ray.train.torch.prepare_model(
+        module, parallel_strategy_kwargs={"find_unused_parameters": True}
+    )
+    return wrapped
 
 
 def _mean_over_workers(values: Tensor, *, device: str, count: int) -> Tensor:

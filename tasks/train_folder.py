@@ -4,7 +4,10 @@ run.json                settings and their digest, the dataset's id; written fir
 config.toml             the same settings, to run again
 checkpoints/            of the training in progress (tasks.checkpoints)
 metrics.parquet         StepMetrics, up to the newest checkpoint
+validation.parquet      ValidationScore, on test clips, where there are any
+tensorboard/            the same for TensorBoard, if it is wanted
 loss.svg  samples/      what it looks like
+failed/                 the batch of a step whose loss was not finite, and its picture
 phases/<name>.safetensors   the weights of every phase but the last
 weights.safetensors     the result
 manifest.json           RunManifest; written last: without it the run is not finished
@@ -29,9 +32,11 @@ from tasks.storage import ObjectStore, absolute, open_store
 RUN: Final = "run.json"
 CONFIG: Final = "config.toml"
 METRICS: Final = "metrics.parquet"
-VALIDATION: Final = "validation.parquet"  # ValidationScore; not every run has it
+VALIDATION: Final = "validation.parquet"
+EVENTS: Final = "tensorboard"
 CURVE: Final = "loss.svg"
 SAMPLES: Final = "samples"
+FAILED: Final = "failed"
 PHASES: Final = "phases"
 WEIGHTS: Final = "weights.safetensors"
 MANIFEST: Final = "manifest.json"
@@ -47,6 +52,9 @@ NO_SETTINGS: Final = frozenset(
         "log_every_steps",
         "sample_every_steps",
         "checkpoint_every_steps",
+        "validate_every_steps",
+        "tensorboard",
+        "min_workers",
         "max_restarts",
         "resume",
     }
@@ -61,7 +69,12 @@ class TrainingData:
     dataset_id: str
     dataset: Dataset
     train: tuple[ClipRecord, ...]
-    shown: tuple[ClipRecord, ...]  # what samples are drawn from: test clips, if there are any
+    test: tuple[ClipRecord, ...]
+
+    @property
+    def shown(self) -> tuple[ClipRecord, ...]:
+        """What samples are drawn from: test clips, if there are any."""
+        return self.test or self.train
 
 
 def placed(job: TrainJob) -> TrainJob:
@@ -94,7 +107,7 @@ def open_data(job: TrainJob) -> TrainingData:
         raise DatasetError("no training clips", subject=job.data, code="dataset_too_small")
     _check_sizes(job, train)
     test = tuple(dataset.partition("test"))
-    return TrainingData(dataset_id, dataset, train, test or train)
+    return TrainingData(dataset_id, dataset, train, test)
 
 
 def _check_sizes(job: TrainJob, clips: tuple[ClipRecord, ...]) -> None:
@@ -165,10 +178,10 @@ class RunFolder:
 
     def _clear(self) -> None:
         """Remove the run that is here: its manifest first, so that no half of it looks whole."""
-        single = [MANIFEST, RUN, CONFIG, METRICS, CURVE, WEIGHTS, PAGE]
+        single = [MANIFEST, RUN, CONFIG, METRICS, VALIDATION, CURVE, WEIGHTS, PAGE]
         folders = [
             info.key
-            for prefix in ("checkpoints", SAMPLES, PHASES, "failed")
+            for prefix in ("checkpoints", SAMPLES, PHASES, EVENTS, FAILED)
             for info in self.store.list(f"{prefix}/")
         ]
         for key in [*single, *folders]:
@@ -181,6 +194,7 @@ def page(
     metrics: Sequence[StepMetrics],
     *,
     curve_svg: str | None = None,
+    validation_svg: str = "",
 ) -> str:
     """The page of a run, finished or not, from what is in its folder and its metrics so far."""
     samples = [info.key for info in store.list(f"{SAMPLES}/")]
@@ -191,6 +205,7 @@ def page(
         settings_toml=store.get(CONFIG).decode(),
         metrics=metrics,
         curve_svg=curve_svg,
+        validation_svg=validation_svg,
         samples=sorted(samples, key=lambda key: (_place(_phase_of(key), phases), key)),
     )
 

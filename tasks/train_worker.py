@@ -7,29 +7,29 @@ nothing here knows of Ray.
 
 from __future__ import annotations
 
-import io
 import logging
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from kpmask import checkpoint as weights_file
 from kpmask.config import TrainJob
+from kpmask.data.frame_cache import FrameCache
 from kpmask.data.loader import BatchLoader
 from kpmask.data.pairs import PairSampler
-from kpmask.device import Precision, training_precision
-from kpmask.errors import ConfigError
+from kpmask.device import Precision, keep_freed_memory, training_precision
+from kpmask.errors import ConfigError, RunFailed, StorageError
 from kpmask.model_config import Part
 from kpmask.models.base import Batch
 from kpmask.perceptual import PerceptualFeatures, load_perceptual
 from kpmask.records import Progress, RunManifest, StepMetrics
-from kpmask.report import loss_curve_svg
 from kpmask.train import (
     PhasePlan,
     StepResult,
@@ -41,13 +41,17 @@ from kpmask.train import (
     initial_system,
     load_weights,
     plan_phases,
+    shares_statistics,
 )
-from kpmask.train_pictures import png_bytes, sample_batch, sample_strip
+from kpmask.train_pictures import batch_strip, png_bytes, sample_batch, sample_strip
+from kpmask.validation import Validation
 from tasks import checkpoints, train_folder
 from tasks.checkpoints import TrainingCheckpoint
-from tasks.manifest import read_table_if_any, write_json, write_table
+from tasks.manifest import write_json
+from tasks.outbox import Outbox
 from tasks.storage import local_copy
 from tasks.train_folder import RunFolder, TrainingData
+from tasks.train_log import RunLog
 
 log = logging.getLogger(__name__)
 
@@ -93,41 +97,51 @@ def run_worker(job: TrainJob, worker: Worker, line: Line) -> bool:
         DatasetError, ConfigError, CheckpointError, StorageError: before the first step.
         RunFailed: the loss is not finite any more.
     """
+    keep_freed_memory()
     data = train_folder.open_data(job)
     folder = RunFolder.of(job, data.dataset_id)
     features = load_perceptual(job.perceptual, job.perceptual_weights)
+    run = _Run(job, data, folder, worker, line, features)
     if worker.rank == 0:
-        precision = training_precision(job, worker.device)
-        log.info("perceptual features: %s; convolutions in %s", job.perceptual, precision)
-    return _Run(job, data, folder, worker, line, features).phases()
+        log.info("perceptual features: %s; convolutions in %s", job.perceptual, run.precision)
+        if worker.count > 1 and not shares_statistics(worker):
+            log.info("batch norm's statistics stay each worker's own: torch shares them on GPUs")
+    return run.phases()
 
 
-@dataclass
 class _Run:
     """A worker's way through a run."""
 
-    job: TrainJob
-    data: TrainingData
-    folder: RunFolder
-    worker: Worker
-    line: Line
-    features: PerceptualFeatures | None
-    metrics: list[StepMetrics] = field(default_factory=list)
-
-    @property
-    def precision(self) -> Precision:
-        return training_precision(self.job, self.worker.device)
+    def __init__(
+        self,
+        job: TrainJob,
+        data: TrainingData,
+        folder: RunFolder,
+        worker: Worker,
+        line: Line,
+        features: PerceptualFeatures | None,
+    ) -> None:
+        self.job, self.data, self.folder = job, data, folder
+        self.worker, self.line, self.features = worker, line, features
+        self.precision: Precision = training_precision(job, worker.device)
+        self.read = FrameCache(data.dataset.read)
+        self.outbox = Outbox()
+        self.pairs = samplers(job, data, worker)
+        self.plans = plan_phases(job, pairs_per_epoch=self.pairs[0].pairs_per_epoch)
+        self.log = RunLog(folder, job, self.plans)
+        self.validation: Validation | None = None
+        if worker.rank == 0 and data.test:
+            self.validation = Validation(self.read, data.test, device=worker.device)
 
     def phases(self) -> bool:
         """Every phase in turn, then the result."""
-        pairs = samplers(self.job, self.data, self.worker)
-        self.plans = plan_phases(self.job, pairs_per_epoch=pairs[0].pairs_per_epoch)
         found = checkpoints.newest(self.folder.store)
         self._check_same(found)
-        self._restore_metrics(found)
+        if found is not None and self.worker.rank == 0:
+            self.log.restore(found)
         before: Mapping[str, Tensor] | None = None
         system: System | None = None
-        for plan, sampler in zip(self.plans, pairs, strict=True):
+        for plan, sampler in zip(self.plans, self.pairs, strict=True):
             if found is not None and plan.index < found.phase_index:
                 continue
             start = found if found is not None and found.phase_index == plan.index else None
@@ -138,7 +152,9 @@ class _Run:
             before = system.state_dict()
         assert system is not None
         if self.worker.rank == 0:
-            self._publish(system)
+            result = system
+            self.outbox.send("the result", lambda: self._publish(result))
+            self.outbox.drain()
         return True
 
     def _check_same(self, found: TrainingCheckpoint | None) -> None:
@@ -151,30 +167,6 @@ class _Run:
                 subject=self.job.out,
                 hint="use storage that all machines share",
             )
-
-    def _restore_metrics(self, found: TrainingCheckpoint | None) -> None:
-        """Take up the metrics as of the checkpoint; what came after it will come again."""
-        if found is None or self.worker.rank != 0:
-            return
-        order = {plan.phase.name: plan.index for plan in self.plans}
-        rows = read_table_if_any(self.folder.store, train_folder.METRICS, StepMetrics) or []
-        limit = (found.phase_index, found.step)
-        self.metrics = [m for m in rows if (order[m.phase], m.step) <= limit]
-
-    def write_report(self, manifest: RunManifest | None = None) -> None:
-        """Metrics, their curve and the page, all as of now."""
-        store = self.folder.store
-        write_table(
-            store,
-            train_folder.METRICS,
-            self.metrics,
-            StepMetrics,
-            metadata={"settings_digest": self.folder.settings_digest},
-        )
-        curve = loss_curve_svg(self.metrics)
-        page = train_folder.page(store, manifest, self.metrics, curve_svg=curve)
-        store.put(train_folder.CURVE, curve.encode())
-        store.put(train_folder.PAGE, page.encode())
 
     def info(self) -> dict[str, Any]:
         """How the weights came to be, for those who get the file alone."""
@@ -211,11 +203,11 @@ class _Run:
             system=self.plans[-1].phase.model.system,
             perceptual=self.job.perceptual,
             num_steps=sum(plan.num_steps for plan in self.plans),
-            final_loss=self.metrics[-1].loss,
+            final_loss=self.log.metrics[-1].loss,
             weights_sha256=sha256,
             precision=self.precision,
         )
-        self.write_report(manifest)
+        self.log.write(manifest)
         write_json(self.folder.store, train_folder.MANIFEST, manifest)
 
 
@@ -242,13 +234,20 @@ class _PhaseRun:
             seed=run.job.seed,
             worker=run.worker,
             precision=run.precision,
+            compile_losses=run.job.compile,
         )
         if start is not None:
             self.trainer.load_state_dict(start.trainer)
+            self._check_precision(start)
         self.saved_step = -1 if start is None else start.step
         self.shown = self._shown()
         self.started_s = self.posted_s = self.logged_s = time.monotonic()
         self.started_step = self.logged_step = self.trainer.step_number
+
+    def _check_precision(self, start: TrainingCheckpoint) -> None:
+        was, now = start.trainer.get("precision", self.run.precision), self.run.precision
+        if was != now and self.first:
+            log.warning("convolutions were computed in %s so far, and are in %s now", was, now)
 
     def _before(self, before: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
         """The weights that the phase starts from: a file's detector, else the phase before."""
@@ -261,17 +260,17 @@ class _PhaseRun:
     def _shown(self) -> Batch | None:
         if not self.first:
             return None
-        batch = sample_batch(self.run.data.dataset.read, self.run.data.shown)
+        batch = sample_batch(self.run.read, self.run.data.shown)
         device = self.run.worker.device
         return Batch(batch.source_BCHW.to(device), batch.driving_BCHW.to(device))
 
     def train(self) -> bool:
         """The steps that are left; whether the phase is finished."""
-        job, plan, trainer = self.run.job, self.plan, self.trainer
+        plan, trainer = self.plan, self.trainer
         loader = BatchLoader(
-            self.run.data.dataset.read,
+            self.run.read,
             self.sampler,
-            job.augmentation,
+            self.run.job.augmentation,
             device=self.run.worker.device,
         )
         batches = loader.batches(trainer.step_number, plan.num_steps)
@@ -281,19 +280,24 @@ class _PhaseRun:
         self._save()
         if done and self.first and plan is not self.run.plans[-1]:
             key = f"{train_folder.PHASES}/{plan.phase.name}.safetensors"
-            self.run.publish_weights(key, trainer.result)
+            self.run.outbox.send(key, lambda: self.run.publish_weights(key, trainer.result))
+        self.run.outbox.drain()
         return done
 
     def _after_step(self, result: StepResult) -> bool:
-        """Log, show, save; whether to stop."""
+        """Log, show, score, save; whether to stop."""
         job, done = self.run.job, self.trainer.step_number
         last = done == self.plan.num_steps
         if self.first and (done % job.log_every_steps == 0 or last):
             self._log(result)
         if self.first and (done % job.sample_every_steps == 0 or last):
             self._write_samples()
+        every = job.validate_every_steps or job.checkpoint_every_steps
+        if self.first and (done % every == 0 or last):
+            self._validate()
         if done % job.checkpoint_every_steps == 0 and not last:
             self._save()
+        self.run.outbox.poll()
         return self._asked_to_stop(result, last=last)
 
     def _log(self, result: StepResult) -> None:
@@ -311,13 +315,21 @@ class _PhaseRun:
             term_values=tuple(result.terms.values()),
             samples_per_s=rate,
         )
-        self.run.metrics.append(metrics)
+        self.run.log.add_step(metrics)
 
     def _write_samples(self) -> None:
         assert self.shown is not None
         name = f"{self.plan.phase.name}-step-{self.trainer.step_number:06d}.png"
         strip = png_bytes(sample_strip(self.trainer.result, self.shown))
-        self.run.folder.store.put(f"{train_folder.SAMPLES}/{name}", strip)
+        key = f"{train_folder.SAMPLES}/{name}"
+        self.run.outbox.send(key, lambda: self.run.folder.store.put(key, strip))
+
+    def _validate(self) -> None:
+        if self.run.validation is not None:
+            scores = self.run.validation.scores(
+                self.trainer.result, phase=self.plan.phase.name, step=self.trainer.step_number
+            )
+            self.run.log.add_scores(scores)
 
     def _save(self) -> None:
         """A checkpoint of this step, unless there is one; all workers report."""
@@ -326,17 +338,21 @@ class _PhaseRun:
             return
         self.saved_step = done
         if self.first:
-            # The metrics first: of a checkpoint that exists, the metrics exist as well.
-            self.run.write_report()
-            checkpoint = TrainingCheckpoint(
-                phase_index=self.plan.index,
-                phase=self.plan.phase.name,
-                step=done,
-                weights=self.system.state_dict(),
-                trainer=self.trainer.state_dict(),
-            )
-            checkpoints.publish(self.run.folder.store, checkpoint)
+            self.run.outbox.send("the checkpoint", self._write_checkpoint)
         self.run.line.report({"phase": self.plan.phase.name, "step": done})
+
+    def _write_checkpoint(self) -> None:
+        """A checkpoint of now, which is later than it was due if the store was gone."""
+        # The metrics first: of a checkpoint that exists, the metrics exist as well.
+        self.run.log.write()
+        checkpoint = TrainingCheckpoint(
+            phase_index=self.plan.index,
+            phase=self.plan.phase.name,
+            step=self.trainer.step_number,
+            weights=self.system.state_dict(),
+            trainer={**self.trainer.state_dict(), "precision": self.run.precision},
+        )
+        checkpoints.publish(self.run.folder.store, checkpoint)
 
     def _asked_to_stop(self, result: StepResult, *, last: bool) -> bool:
         """Tell how far it is, and learn whether to stop; the workers agree on it."""
@@ -359,15 +375,24 @@ class _PhaseRun:
         )
         return Progress(stage="train", done=before, total=total, message=message)
 
-    def _keep_batch(self, batch: Batch) -> None:
-        """The batch on which the loss was not finite, for whoever wants to know why."""
-        buffer = io.BytesIO()
+    def _keep_batch(self, batch: Batch, error: RunFailed) -> RunFailed:
+        """Keep the batch on which the loss was not finite; the error that says where."""
         tensors = {"source_BCHW": batch.source_BCHW, "driving_BCHW": batch.driving_BCHW}
-        torch.save({name: tensor.cpu() for name, tensor in tensors.items()}, buffer)
         name = f"{self.plan.phase.name}-step-{self.trainer.step_number:06d}"
-        key = f"failed/{name}-worker-{self.run.worker.rank}.pt"
-        self.run.folder.store.put(key, buffer.getvalue())
-        log.error("the batch of the failed step is kept in %s", key)
+        key = f"{train_folder.FAILED}/{name}-worker-{self.run.worker.rank}"
+        data = safetensors.torch.save({n: t.cpu().contiguous() for n, t in tensors.items()})
+        try:
+            self.run.folder.store.put(f"{key}.safetensors", data)
+            self.run.folder.store.put(f"{key}.png", png_bytes(batch_strip(batch)))
+        except StorageError as gone:
+            log.error("the batch of the failed step could not be kept: %s", gone)
+            return error
+        return RunFailed(
+            f"{error.cause}; its batch is kept in {key}.safetensors and .png",
+            subject=error.subject,
+            code=error.code,
+            hint=error.hint,
+        )
 
 
 def _duration(seconds: float) -> str:

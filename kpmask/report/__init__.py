@@ -14,6 +14,7 @@
     comparison_page  systems x metrics, margins, ablations, curves, strips
     demo_page        the four parts on one front page
     loss_curve_svg   the curve of `run_page`
+    validation_curve_svg   its scores on test clips
     picture_uri      an image array as a small `data:` URI
 """
 
@@ -25,7 +26,7 @@ from kpmask.report.demo import Command, Link, demo_page
 from kpmask.report.evaluation import evaluation_page
 from kpmask.report.gallery import GalleryMedia, gallery_page
 from kpmask.report.page import picture_uri, relative_url
-from kpmask.report.run import loss_curve_svg, run_page
+from kpmask.report.run import loss_curve_svg, run_page, validation_curve_svg
 
 __all__ = [
     "Command",
@@ -43,4 +44,5 @@ __all__ = [
     "picture_uri",
     "relative_url",
     "run_page",
+    "validation_curve_svg",
 ]

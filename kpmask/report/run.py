@@ -1,21 +1,28 @@
-"""The page of a training run: loss curve, phases, samples, settings."""
+"""The page of a training run: loss and metric curves, phases, samples, settings."""
 
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from markupsafe import Markup
 
-from kpmask.records import RunManifest, StepMetrics
+from kpmask.records import RunManifest, StepMetrics, ValidationScore
 from kpmask.report.page import Tile, figure, num, render
 
 MAX_SAMPLES: Final = 24
+MAX_MARKERS: Final = 40
+METRIC_TITLES: Final = {
+    "l1": "L1 on test clips",
+    "l1_moving": "L1 on moving pixels",
+    "ssim": "SSIM on test clips (higher is better)",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +41,7 @@ def run_page(
     settings_toml: str,
     metrics: Sequence[StepMetrics],
     curve_svg: str | None = None,
+    validation_svg: str = "",
     samples: Sequence[str] = (),
     home: str | None = None,
 ) -> str:
@@ -43,6 +51,7 @@ def run_page(
         settings_toml: the job as it was resolved.
         metrics: every logged step, in order.
         curve_svg: what `loss_curve_svg` gave, which goes into the page as it is; None: made here.
+        validation_svg: what `validation_curve_svg` gave.
         samples: sample strips, oldest first: relative paths or `data:` URIs.
         home: link of an overview page.
     """
@@ -63,6 +72,7 @@ def run_page(
         manifest=manifest,
         tiles=tiles,
         curve=Markup(curve),  # noqa: S704 - made by loss_curve_svg
+        validation=Markup(validation_svg),  # noqa: S704 - made by validation_curve_svg
         phases=rows,
         samples=list(reversed(samples))[:MAX_SAMPLES],
         hidden_samples=max(0, len(samples) - MAX_SAMPLES),
@@ -99,6 +109,34 @@ def loss_curve_svg(metrics: Sequence[StepMetrics]) -> str:
     phases = _by_phase(metrics)
     if not phases:
         return ""
+
+    def draw(axes: Sequence[Any]) -> None:
+        for axis, (phase, steps) in zip(axes, phases.items(), strict=True):
+            _draw_losses(axis, phase, steps)
+
+    return _drawn(draw, len(phases), f"Loss over steps, {len(phases)} phases")
+
+
+def validation_curve_svg(metrics: Sequence[StepMetrics], scores: Sequence[ValidationScore]) -> str:
+    """Scores on test clips over steps as an SVG element, a panel a metric; empty without scores.
+
+    Steps count on from phase to phase. The scores of a copy of the source are drawn dashed.
+    """
+    lengths = {phase: steps[-1].step for phase, steps in _by_phase(metrics).items()}
+    starts = dict(zip(lengths, itertools.accumulate(lengths.values(), initial=0), strict=False))
+    names = [n for n in METRIC_TITLES if any(score.metric == n for score in scores)]
+    if not names:
+        return ""
+
+    def draw(axes: Sequence[Any]) -> None:
+        for axis, name in zip(axes, names, strict=True):
+            _draw_scores(axis, name, scores, starts)
+
+    return _drawn(draw, len(names), f"Scores on test clips over steps, {len(names)} metrics")
+
+
+def _drawn(draw: Callable[[Sequence[Any]], None], num_panels: int, label: str) -> str:
+    """An SVG element of panels side by side that `draw` fills."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -114,15 +152,13 @@ def loss_curve_svg(metrics: Sequence[StepMetrics]) -> str:
         "text.parse_math": False,
     }
     with rc_context(settings):
-        figure = Figure(figsize=(5.2 * len(phases), 3.4), layout="constrained")
-        axes = figure.subplots(1, len(phases), squeeze=False)[0]
-        for axis, (phase, steps) in zip(axes, phases.items(), strict=True):
-            _draw_losses(axis, phase, steps)
+        figure = Figure(figsize=(5.2 * num_panels, 3.4), layout="constrained")
+        draw(figure.subplots(1, num_panels, squeeze=False)[0])
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     svg = text.getvalue()
-    label = f'<svg role="img" aria-label="Loss over steps, {len(phases)} phases" '
-    return svg[svg.index("<svg ") :].replace("<svg ", label, 1).replace(INK, "currentColor")
+    opening = f'<svg role="img" aria-label="{label}" '
+    return svg[svg.index("<svg ") :].replace("<svg ", opening, 1).replace(INK, "currentColor")
 
 
 def _draw_losses(axis: Any, phase: str, steps: Sequence[StepMetrics]) -> None:  # noqa: ANN401
@@ -145,9 +181,29 @@ def _draw_losses(axis: Any, phase: str, steps: Sequence[StepMetrics]) -> None:  
         # The usual labels are mathematics, which SVG text cannot show.
         axis.yaxis.set_major_formatter(LogFormatter())
         axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
-    axis.set_title(phase)
+    _finish(axis, title=phase, y_label="loss")
+
+
+def _draw_scores(
+    axis: Any,  # noqa: ANN401 - matplotlib's
+    name: str,
+    scores: Sequence[ValidationScore],
+    starts: Mapping[str, int],
+) -> None:
+    lines = (("copy_", "copy of the source", "#8a8f98", "--"), ("", "model", "#0e8f9b", "-"))
+    for prefix, label, colour, dashes in lines:
+        rows = [row for row in scores if row.metric == prefix + name]
+        at = [starts.get(row.phase, 0) + row.step for row in rows]
+        values = [row.value for row in rows]
+        marker = "." if len(rows) <= MAX_MARKERS else ""
+        axis.plot(at, values, dashes, color=colour, linewidth=1.8, marker=marker, label=f" {label}")
+    _finish(axis, title=METRIC_TITLES[name], y_label=name)
+
+
+def _finish(axis: Any, *, title: str, y_label: str) -> None:  # noqa: ANN401 - matplotlib's
+    axis.set_title(title)
     axis.set_xlabel("step")
-    axis.set_ylabel("loss")
+    axis.set_ylabel(y_label)
     axis.grid(visible=True, which="major", color="#8a8f98", alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8, labelspacing=0.2)

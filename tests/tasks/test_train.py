@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
@@ -24,10 +25,14 @@ from kpmask import checkpoint
 from kpmask.config import TrainJob, resolve_job, validated
 from kpmask.data.shards import ShardWriter
 from kpmask.errors import ConfigError, DatasetError, RunFailed
-from kpmask.records import ClipRecord, DatasetManifest, Progress, StepMetrics
+from kpmask.records import ClipRecord, DatasetManifest, Progress, StepMetrics, ValidationScore
+from kpmask.train import Worker
+from kpmask.validation import Validation
+from tasks import train_folder
 from tasks.manifest import read_table, write_json, write_table
 from tasks.storage import open_store
 from tasks.train import plan, train, train_here
+from tasks.train_worker import samplers
 
 SIDE_PX = 32
 NUM_STEPS = 16  # of the debug preset's two phases
@@ -51,7 +56,12 @@ def frame(number: int, index: int, side_px: int) -> bytes:
 
 
 def make_dataset(
-    root: Path, *, num_train: int = 4, num_test: int = 2, side_px: int = SIDE_PX
+    root: Path,
+    *,
+    num_train: int = 4,
+    num_test: int = 2,
+    num_frames: int = 6,
+    side_px: int = SIDE_PX,
 ) -> str:
     records = []
     for partition, count in (("train", num_train), ("test", num_test)):
@@ -59,7 +69,7 @@ def make_dataset(
         with ShardWriter(root / shard) as writer:
             for number in range(count):
                 name = f"{partition}{number}"
-                row = writer.add(name, 25.0, [frame(number, i, side_px) for i in range(6)])
+                row = writer.add(name, 25.0, [frame(number, i, side_px) for i in range(num_frames)])
                 records.append(
                     ClipRecord(
                         clip_id=name,
@@ -69,7 +79,7 @@ def make_dataset(
                         video_id=name,
                         shard=shard,
                         row=row,
-                        num_frames=6,
+                        num_frames=num_frames,
                         fps=25.0,
                         width_px=side_px,
                         height_px=side_px,
@@ -83,7 +93,9 @@ def make_dataset(
                 )
     store = open_store(str(root))
     write_table(store, "manifest.parquet", records, ClipRecord)
-    stats = DatasetManifest(str(root), "d" * 64, "s" * 64, num_train, num_test, 6 * len(records), 0)
+    stats = DatasetManifest(
+        str(root), "d" * 64, "s" * 64, num_train, num_test, num_frames * len(records), 0
+    )
     write_json(store, "stats.json", stats)
     return str(root)
 
@@ -94,7 +106,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def job(data: str, out: Path | str, **overrides: Any) -> TrainJob:
-    texts = [f"{key}={value}" for key, value in overrides.items()]
+    settings = {"phases.0.ema_decay": 0.9, "phases.1.accumulate": 2, **overrides}
+    texts = [f"{key}={value}" for key, value in settings.items()]
     flags = {"data": data, "out": str(out)}
     return resolve_job(TrainJob, preset="debug", overrides=texts, flags=flags)
 
@@ -115,19 +128,25 @@ def losses(out: Path) -> list[tuple[str, int, float, tuple[float, ...]]]:
     return [(m.phase, m.step, m.loss, m.term_values) for m in rows]
 
 
+def scores(out: Path) -> list[ValidationScore]:
+    return read_table(open_store(str(out)), "validation.parquet", ValidationScore)
+
+
 def tree(out: Path) -> list[str]:
     return sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
 
 
 def assert_same_run(out: Path, whole: Path) -> None:
-    """Equal metrics, weights and samples, to the last bit."""
+    """Equal losses, scores, weights and samples, to the last bit."""
     assert losses(out) == losses(whole)
+    assert scores(out) == scores(whole)
     assert tree(out) == tree(whole)
     for name in tree(whole):
         if name.endswith((".safetensors", ".png", "run.json")):
             assert (out / name).read_bytes() == (whole / name).read_bytes(), name
         elif name.endswith("state.pt"):
             one, other = (torch.load(root / name, weights_only=True) for root in (out, whole))
+            assert one.pop("precision") == other.pop("precision")
             torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
@@ -156,6 +175,57 @@ def test_what_a_run_leaves(finished: Path, data: str) -> None:
     assert all(torch.equal(before[key], after[key]) for key in before)
     again = validated(TrainJob, tomllib.loads((finished / "config.toml").read_text())["train"])
     assert again == job(data, finished)
+
+
+def test_scores_on_test_clips_while_training(finished: Path, data: str) -> None:
+    rows = scores(finished)
+    metrics = {f"{copy}{name}" for copy in ("", "copy_") for name in ("l1", "l1_moving", "ssim")}
+    assert {row.metric for row in rows} == metrics
+    steps = dict.fromkeys((row.phase, row.step) for row in rows)
+    assert list(steps) == [("fomm", 4), ("fomm", 8), ("keypoint-mask", 4), ("keypoint-mask", 8)]
+    assert {row.num_clips for row in rows} == {2}
+    # They are the evaluation's scores, here of the weights that were published.
+    loaded = checkpoint.load(finished / "weights.safetensors")
+    opened = train_folder.open_data(job(data, finished))
+    validation = Validation(opened.dataset.read, opened.test, device="cpu")
+    again = validation.scores(loaded.system, phase="keypoint-mask", step=8)
+    assert [(r.metric, pytest.approx(r.value, abs=1e-6)) for r in again] == [
+        (r.metric, r.value) for r in rows[-len(again) :]
+    ]
+    page = (finished / "index.html").read_text()
+    assert "Scores on test clips" in page
+    assert "L1 on moving pixels" in page
+
+
+def test_scores_of_the_average_and_at_their_own_rhythm(data: str, tmp_path: Path) -> None:
+    train_here(job(data, tmp_path, **{"validate_every_steps": 3, "phases.0.max_steps": 7}))
+    steps = dict.fromkeys((row.phase, row.step) for row in scores(tmp_path))
+    assert [step for phase, step in steps if phase == "fomm"] == [3, 6, 7]
+
+
+def test_without_test_clips_there_are_no_scores(tmp_path: Path) -> None:
+    data = make_dataset(tmp_path / "data", num_test=0)
+    train_here(job(data, tmp_path / "out"))
+    assert "validation.parquet" not in tree(tmp_path / "out")
+    assert "Scores on test clips" not in (tmp_path / "out" / "index.html").read_text()
+    assert "samples/fomm-step-000008.png" in tree(tmp_path / "out")
+
+
+def test_clips_of_one_frame(tmp_path: Path) -> None:
+    data = make_dataset(tmp_path / "data", num_frames=1)
+    train_here(job(data, tmp_path / "out"))
+    assert np.isfinite([row[2] for row in losses(tmp_path / "out")]).all()
+    assert "validation.parquet" not in tree(tmp_path / "out")
+
+
+def test_fewer_clips_than_workers(tmp_path: Path) -> None:
+    data = make_dataset(tmp_path / "data", num_train=1)
+    wanted = job(data, tmp_path / "out", num_workers=2)
+    opened = train_folder.open_data(wanted)
+    shares = [samplers(wanted, opened, Worker(rank=rank, count=2))[0].batch(0) for rank in (0, 1)]
+    together = samplers(wanted, opened, Worker())[0].batch(0)
+    assert [*shares[0], *shares[1]] == together
+    assert len(shares[0]) == 2
 
 
 def test_pictures_of_a_run(finished: Path) -> None:
@@ -331,9 +401,12 @@ def test_a_loss_that_is_not_finite_ends_the_run(data: str, tmp_path: Path) -> No
     with pytest.raises(RunFailed, match=r"phase 'fomm', step \d") as error:
         train_here(wild)
     assert error.value.code == "training_failed"
-    (kept,) = (tmp_path / "failed").iterdir()
-    batch = torch.load(kept, weights_only=True)
+    picture, kept = sorted((tmp_path / "failed").iterdir())
+    assert f"kept in failed/{kept.name}" in str(error.value)
+    batch = safetensors.torch.load_file(kept)
     assert batch["source_BCHW"].shape == (4, 3, SIDE_PX, SIDE_PX)
+    with Image.open(picture) as strip:
+        assert strip.size == (2 * 128, 4 * 128)
     assert (tmp_path / "checkpoints").exists()
     assert not (tmp_path / "manifest.json").exists()
 
