@@ -127,6 +127,9 @@ class Losses(Part):
     # The mean of a learning detector's masks: keeps out of them what need not move. 0 in both
     # papers; without it, a detector that learns with the generator also draws the background.
     mask_mean: Weight = 0.0
+    # Strength of uneven light on the driving frame that a learning detector sees: what is only
+    # bright or dark is then no part of the mask, so that scenes may differ. 0 in both papers.
+    driving_light: Weight = 0.0
     # Paper 003: L1 of the refined mask against the driver's own; from this epoch on (from 0).
     refinement: Weight = 100.0
     refinement_from_epoch: Weight = 1.0

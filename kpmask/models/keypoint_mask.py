@@ -39,6 +39,9 @@ from kpmask.models.motion import relative_points
 from kpmask.records import Motion
 
 
+LIGHT_SIDE = 5  # uneven light varies over about a fifth of the image
+
+
 @dataclass(frozen=True)
 class KeypointMaskSource(State):
     """What is drawn, and where it is.
@@ -63,14 +66,24 @@ class KeypointMaskDriving(State):
     points_BK2: Tensor | None = None
 
 
-def recoloured(image_BCHW: Tensor) -> Tensor:
-    """Each image with its channels in random order, scaled by 0.6 to 1.4 and shifted a little."""
+def recoloured(image_BCHW: Tensor, *, light: float = 0.0) -> Tensor:
+    """Each image with its channels in random order, scaled by 0.6 to 1.4 and shifted a little.
+
+    Args:
+        light: standard deviation of a smooth random brightness that is added to each channel.
+    """
     count, device = len(image_BCHW), image_BCHW.device
     order_BC = torch.rand(count, 3, device=device).argsort(dim=1)
     shuffled_BCHW = image_BCHW[torch.arange(count, device=device)[:, None], order_BC]
     gain_BC11 = 0.6 + 0.8 * torch.rand(count, 3, 1, 1, device=device)
     shift_BC11 = 0.3 * torch.rand(count, 3, 1, 1, device=device) - 0.15
-    return (shuffled_BCHW * gain_BC11 + shift_BC11).clamp(0, 1)
+    changed_BCHW = shuffled_BCHW * gain_BC11 + shift_BC11
+    if light:
+        coarse_BCHW = light * torch.randn(count, 3, LIGHT_SIDE, LIGHT_SIDE, device=device)
+        changed_BCHW = changed_BCHW + functional.interpolate(
+            coarse_BCHW, size=image_BCHW.shape[-2:], mode="bicubic", align_corners=False
+        )
+    return changed_BCHW.clamp(0, 1)
 
 
 class LowResolutionStage(nn.Module):
@@ -189,7 +202,7 @@ class KeypointMaskSystem(AnimationSystem[KeypointMaskSource, KeypointMaskDriving
         # input in other colours than the frame that is to be drawn.
         seen_BCHW = batch.driving_BCHW
         if self.detector_learns:
-            seen_BCHW = recoloured(seen_BCHW)
+            seen_BCHW = recoloured(seen_BCHW, light=self.objective.losses.driving_light)
         prediction = self.render(source, self.encode_driving(seen_BCHW))
         assert prediction.low_resolution_BCHW is not None
         images = {"_low": prediction.low_resolution_BCHW, "_high": prediction.image_BCHW}

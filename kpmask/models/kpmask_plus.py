@@ -196,8 +196,9 @@ class KpmaskPlusSystem(AnimationSystem[PlusSource, PlusDriving]):
         return dataclasses.replace(state, mask_BMHW=state.mask_BMHW + noise)
 
     def training_losses(self, batch: Batch) -> LossTerms:
+        light = self.objective.losses.driving_light
         source = self.encode_source(batch.source_BCHW)
-        driving = self.encode_driving(recoloured(batch.driving_BCHW))
+        driving = self.encode_driving(recoloured(batch.driving_BCHW, light=light))
         source, driving = self._noisy(source), self._noisy(driving)
         prediction = self.render(source, driving)
         assert prediction.low_resolution_BCHW is not None
