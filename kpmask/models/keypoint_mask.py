@@ -38,7 +38,6 @@ from kpmask.models.layers import (
 from kpmask.models.motion import relative_points
 from kpmask.records import Motion
 
-
 LIGHT_SIDE = 5  # uneven light varies over about a fifth of the image
 
 
