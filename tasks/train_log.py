@@ -84,6 +84,11 @@ class RunLog:
         )
         store.put(train_folder.PAGE, page.encode())
 
+    def close(self) -> None:
+        """Let go of what the log has open; what was written stays."""
+        if self._events is not None:
+            self._events.close()
+
 
 class EventFile:
     """A TensorBoard event file, written to a local folder and published whole.
@@ -122,6 +127,11 @@ class EventFile:
         self._writer.flush()
         (path,) = Path(self._folder.name).iterdir()
         store.put_file(EVENTS, path)
+
+    def close(self) -> None:
+        """End the writer's thread and remove the local file."""
+        self._writer.close()
+        self._folder.cleanup()
 
     def _add(self, tag: str, value: float, step: int) -> None:
         self._writer.add_scalar(tag, value, step)

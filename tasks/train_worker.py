@@ -7,6 +7,7 @@ nothing here knows of Ray.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import tempfile
 import time
@@ -106,7 +107,8 @@ def run_worker(job: TrainJob, worker: Worker, line: Line) -> bool:
         log.info("perceptual features: %s; convolutions in %s", job.perceptual, run.precision)
         if worker.count > 1 and not shares_statistics(worker):
             log.info("batch norm's statistics stay each worker's own: torch shares them on GPUs")
-    return run.phases()
+    with contextlib.closing(run.log):
+        return run.phases()
 
 
 class _Run:

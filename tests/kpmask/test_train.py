@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from kpmask.train import (
     fit,
     initial_system,
     plan_phases,
+    shares_statistics,
 )
 
 SIDE_PX = 32
@@ -71,10 +74,18 @@ def trainer(
     *,
     worker: Worker | None = None,
     precision: Precision = "float32",
+    compiled: bool = False,
     **kwargs: Any,
 ) -> Trainer:
-    system = initial_system(plan, seed=0, **kwargs)
-    return Trainer(plan, system, features=None, seed=0, worker=worker, precision=precision)
+    return Trainer(
+        plan,
+        initial_system(plan, seed=0, **kwargs),
+        features=None,
+        seed=0,
+        worker=worker,
+        precision=precision,
+        compile_losses=compiled,
+    )
 
 
 def weights(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -269,6 +280,23 @@ def test_bfloat16_convolutions_with_everything_else_in_float32() -> None:
     assert floats == {torch.float32}
 
 
+def test_compiled_losses_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    # All of the compiler but its last stage, which takes minutes.
+    traced = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", traced)
+    plan = plans()[1]
+    before = weights(initial_system(plans()[0], seed=0))
+    plain, compiled = trainer(plan, before=before), trainer(plan, before=before, compiled=True)
+    for batch in batches(3):
+        assert compiled.step(batch).loss == pytest.approx(plain.step(batch).loss, rel=1e-5)
+
+
+def test_workers_on_gpus_share_batch_statistics() -> None:
+    assert shares_statistics(Worker(count=2, device="cuda:1"))
+    assert not shares_statistics(Worker(count=1, device="cuda"))
+    assert not shares_statistics(Worker(count=2))
+
+
 def test_bfloat16_only_where_the_processor_computes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     assert training_precision(job(), "cpu") == "bfloat16"
@@ -445,12 +473,18 @@ def _one_of_two(rank: int, folder: str) -> None:
     worker = Worker(rank=rank, count=2, wrap=DistributedDataParallel, mean=_mean)
     ours = trainer(plans(**SHARED)[0], worker=worker)
     losses = [ours.step(halves(batch)[rank]).loss for batch in batches(3)]
-    torch.save({"weights": ours.system.state_dict(), "losses": losses}, f"{folder}/{rank}.pt")
+    before = weights(ours.system)
+    torch.save({"weights": before, "losses": losses}, f"{folder}/{rank}.pt")
+    half = halves(batches(4)[3])[rank]
+    with pytest.raises(RunFailed, match="step 3: the loss is not finite"):
+        ours.step(half if rank == 0 else Batch(half.source_BCHW, half.driving_BCHW * math.nan))
+    trained = dict(ours.system.named_parameters())
+    assert all(torch.equal(trained[name], before[name]) for name in trained)
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, while it starts processes
-def test_two_workers_average_their_gradients(tmp_path: Path) -> None:
+def test_two_workers_average_their_gradients_and_stop_together(tmp_path: Path) -> None:
     spawn(_one_of_two, args=(str(tmp_path),), nprocs=2)
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     assert results[0]["losses"] == results[1]["losses"]

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -28,11 +29,13 @@ from kpmask.errors import ConfigError, DatasetError, RunFailed
 from kpmask.records import ClipRecord, DatasetManifest, Progress, StepMetrics, ValidationScore
 from kpmask.train import Worker
 from kpmask.validation import Validation
-from tasks import train_folder
+from tasks import outbox, train_folder
 from tasks.manifest import read_table, write_json, write_table
-from tasks.storage import open_store
+from tasks.storage import ObjectStore, open_store
 from tasks.train import plan, train, train_here
 from tasks.train_worker import samplers
+from tests.support.flaky import flaky_proxy
+from tests.support.weed import Weed
 
 SIDE_PX = 32
 NUM_STEPS = 16  # of the debug preset's two phases
@@ -124,7 +127,11 @@ def finished(data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def losses(out: Path) -> list[tuple[str, int, float, tuple[float, ...]]]:
-    rows = read_table(open_store(str(out)), "metrics.parquet", StepMetrics)
+    return losses_in(open_store(str(out)))
+
+
+def losses_in(store: ObjectStore) -> list[tuple[str, int, float, tuple[float, ...]]]:
+    rows = read_table(store, "metrics.parquet", StepMetrics)
     return [(m.phase, m.step, m.loss, m.term_values) for m in rows]
 
 
@@ -293,15 +300,19 @@ KILLED = """
 """
 
 
+def _killed_at(wanted: TrainJob, deadly_step: int) -> None:
+    script = textwrap.dedent(KILLED)
+    command = [sys.executable, "-c", script, wanted.model_dump_json(), str(deadly_step)]
+    killed = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+
+
 @pytest.mark.parametrize("deadly_step", [3, 6, 8, 14])
 def test_a_killed_run_goes_on_as_if_nothing_had_been(
     deadly_step: int, data: str, finished: Path, tmp_path: Path
 ) -> None:
     wanted = job(data, tmp_path / "out")
-    script = textwrap.dedent(KILLED)
-    command = [sys.executable, "-c", script, wanted.model_dump_json(), str(deadly_step)]
-    killed = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    _killed_at(wanted, deadly_step)
     assert not (tmp_path / "out" / "manifest.json").exists()
     seen: list[Progress] = []
     train_here(wanted, on_progress=seen.append)
@@ -337,6 +348,102 @@ def test_another_place_and_another_rhythm_change_nothing(
     assert losses(out) == losses(finished)
     name = "weights.safetensors"
     assert (out / name).read_bytes() == (finished / name).read_bytes()
+
+
+# --- a store that is gone --------------------------------------------------------------------
+
+
+@pytest.fixture
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outbox, "FIRST_PAUSE_S", 0.02)
+    monkeypatch.setattr(outbox, "LONGEST_PAUSE_S", 0.2)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+
+
+@pytest.mark.usefixtures("short_pauses")
+def test_a_store_that_refuses_checkpoints_for_a_while(
+    data: str, finished: Path, s3: str, s3_server: Weed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with flaky_proxy(s3_server.endpoint) as proxy:
+        proxy.faults = ["503", "reset", "503", "503", "lost-answer", "503"]
+        proxy.matches = lambda method, path: method == "PUT" and "/checkpoints/" in path
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        train_here(job(data, f"{s3}/run"))
+        assert not proxy.faults
+        assert_same_weights(f"{s3}/run", finished)
+
+
+@pytest.mark.usefixtures("short_pauses")
+def test_a_store_that_dies_and_comes_back_while_training(
+    data: str, finished: Path, s3: str, s3_server: Weed
+) -> None:
+    back: list[threading.Thread] = []
+
+    def crash(progress: Progress) -> None:
+        if not back:
+            s3_server.kill()
+            back.append(threading.Timer(1.0, s3_server.start))
+            back[0].start()
+
+    train_here(job(data, f"{s3}/run"), on_progress=crash)
+    back[0].join()
+    assert_same_weights(f"{s3}/run", finished)
+
+
+def assert_same_weights(uri: str, finished: Path) -> None:
+    store = open_store(uri)
+    assert store.get("weights.safetensors") == (finished / "weights.safetensors").read_bytes()
+    for name in ("metrics.parquet", "validation.parquet"):
+        assert store.exists(name)
+    assert losses_in(store) == losses(finished)
+    names = {info.key for info in store.list("samples/")}
+    assert names == {f"samples/{p.name}" for p in (finished / "samples").iterdir()}
+
+
+# --- TensorBoard -----------------------------------------------------------------------------
+
+
+def events(out: Path) -> dict[str, list[tuple[int, float]]]:
+    """Every series of the run's event file, by tag."""
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="no tensorboard here"
+    )
+    found = accumulator.EventAccumulator(str(out / "tensorboard"), {"scalars": 0})
+    found.Reload()
+    tags = found.Tags()["scalars"]
+    return {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in tags}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_events_hold_every_step_once_after_a_kill(
+    data: str, finished: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorboard", reason="no tensorboard here")
+    wanted = job(data, tmp_path / "out", tensorboard="true")
+    _killed_at(wanted, 14)
+    train_here(wanted)
+    found = events(tmp_path / "out")
+    for phase, start in (("fomm", 0), ("keypoint-mask", 8)):
+        rows = [row for row in losses(finished) if row[0] == phase]
+        assert found[f"{phase}/loss/total"] == [
+            (start + step, pytest.approx(loss, rel=1e-6)) for _, step, loss, _ in rows
+        ]
+        moving = [r for r in scores(finished) if (r.phase, r.metric) == (phase, "l1_moving")]
+        assert found[f"{phase}/validation/l1_moving"] == [
+            (start + row.step, pytest.approx(row.value, rel=1e-6)) for row in moving
+        ]
+    assert "fomm/loss/equivariance_value" in found
+    assert "fomm/training/learning_rate" in found
+
+
+def test_events_without_tensorboard_are_refused_before_anything_starts(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ConfigError, match="TensorBoard is not installed") as error:
+        train(job(data, tmp_path / "out", tensorboard="true"))
+    assert "kpmask[tensorboard]" in error.value.hint
+    assert not (tmp_path / "out").exists()
 
 
 # --- what is refused -------------------------------------------------------------------------
