@@ -86,14 +86,25 @@ def recoloured(image_BCHW: Tensor, *, light: float = 0.0) -> Tensor:
 
 
 class LowResolutionStage(nn.Module):
-    """Small source and two masks -> frame of full size; `down` is what makes the source small."""
+    """Small source and two masks -> frame of full size.
 
-    def __init__(self, config: LowResolutionConfig, *, down: nn.Module | None = None) -> None:
+    Args:
+        down: what makes the source small; by default it is antialiased.
+        mask_channels: of either mask.
+    """
+
+    def __init__(
+        self,
+        config: LowResolutionConfig,
+        *,
+        down: nn.Module | None = None,
+        mask_channels: int = 1,
+    ) -> None:
         super().__init__()
         width, num_up_blocks = config.block_expansion, config.num_up_blocks
         widest = width * 2**num_up_blocks
         self.down = AntiAlias(3, config.scale_factor) if down is None else down
-        self.first = SameBlock(5, widest, kernel_px=7)
+        self.first = SameBlock(3 + 2 * mask_channels, widest, kernel_px=7)
         self.bottleneck = bottleneck(widest, config.num_bottleneck_blocks)
         self.up_blocks = nn.ModuleList(
             UpBlock(width * 2 ** (i + 1), width * 2**i) for i in reversed(range(num_up_blocks))

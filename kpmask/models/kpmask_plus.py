@@ -21,20 +21,10 @@ from torch.nn import functional
 
 from kpmask.model_config import Hourglass as HourglassConfig
 from kpmask.model_config import KpmaskPlusModel
-from kpmask.model_config import LowResolution as LowResolutionConfig
 from kpmask.models.base import AnimationSystem, Batch, LossTerms, Prediction, State
 from kpmask.models.keypoint_detector import KeypointDetector
-from kpmask.models.keypoint_mask import recoloured
-from kpmask.models.layers import (
-    AntiAlias,
-    Hourglass,
-    SameBlock,
-    UpBlock,
-    bottleneck,
-    coordinate_grid,
-    resize_map,
-    widened,
-)
+from kpmask.models.keypoint_mask import LowResolutionStage, recoloured
+from kpmask.models.layers import Hourglass, coordinate_grid, resize_map, widened
 
 
 @dataclass(frozen=True)
@@ -81,31 +71,6 @@ class MaskCombination(nn.Module):
         elif self.kind == "sum":
             maps_BKHW = maps_BKHW.sum(dim=1, keepdim=True)
         return maps_BKHW.sigmoid()
-
-
-class DrawingStage(nn.Module):
-    """Small source and both masks -> a drawn frame of full size."""
-
-    def __init__(self, config: LowResolutionConfig, *, mask_channels: int) -> None:
-        super().__init__()
-        width, num_up_blocks = config.block_expansion, config.num_up_blocks
-        widest = width * 2**num_up_blocks
-        self.down = AntiAlias(3, config.scale_factor)
-        self.first = SameBlock(3 + 2 * mask_channels, widest, kernel_px=7)
-        self.bottleneck = bottleneck(widest, config.num_bottleneck_blocks)
-        self.up_blocks = nn.ModuleList(
-            UpBlock(width * 2 ** (i + 1), width * 2**i) for i in reversed(range(num_up_blocks))
-        )
-        self.final = nn.Conv2d(width, 3, 7, padding=3)
-
-    def forward(
-        self, small_BCHW: Tensor, source_mask_BMHW: Tensor, driving_mask_BMHW: Tensor
-    ) -> Tensor:
-        x_BCHW = torch.cat([small_BCHW, source_mask_BMHW, driving_mask_BMHW], dim=1)
-        x_BCHW = self.bottleneck(self.first(x_BCHW))
-        for block in self.up_blocks:
-            x_BCHW = block(x_BCHW)
-        return widened(self.final(x_BCHW)).sigmoid()
 
 
 class ComposingStage(nn.Module):
@@ -164,7 +129,7 @@ class KpmaskPlusSystem(AnimationSystem[PlusSource, PlusDriving]):
         self.detector.map_side_px(config.image_size_px)
         self.combination = MaskCombination(config)
         channels = self.combination.out_channels
-        self.drawing = DrawingStage(config.low_resolution, mask_channels=channels)
+        self.drawing = LowResolutionStage(config.low_resolution, mask_channels=channels)
         self.composing = ComposingStage(
             config.high_resolution, mask_channels=channels, warp=config.warp
         )
