@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -30,6 +31,7 @@ from kpmask.records import ClipRecord, DatasetManifest, Progress, StepMetrics, V
 from kpmask.train import Worker
 from kpmask.validation import Validation
 from tasks import outbox, train_folder
+from tasks import train as driver
 from tasks.manifest import read_table, write_json, write_table
 from tasks.storage import ObjectStore, open_store
 from tasks.train import plan, train, train_here
@@ -583,6 +585,85 @@ def test_two_ray_workers_stop_on_ctrl_c_and_go_on(data: str, tmp_path: Path) -> 
     assert rows[:stopped_at] == before
     assert [row[1] for row in rows] == [*range(1, 151), *range(1, 5)]
     assert np.mean([row[2] for row in rows[140:150]]) < np.mean([row[2] for row in rows[:10]])
+
+
+def _training_pids() -> list[int]:
+    """The processes of Ray Train's workers on this machine."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            if path.read_bytes().startswith(b"ray::RayTrainWorker"):
+                found.append(int(path.parent.name))
+    return sorted(found)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
+def test_a_run_goes_on_exactly_after_a_worker_was_killed(tmp_path: Path) -> None:
+    """Two workers and a single clip: fewer clips than workers."""
+    data = make_dataset(tmp_path / "data", num_train=1)
+    settings = {"phases.0.max_steps": 200, "phases.1.max_steps": 20, "num_repeats": 40}
+    rhythm = {"num_workers": 2, "checkpoint_every_steps": 10, "sample_every_steps": 500}
+    killed: list[int] = []
+
+    def kill(progress: Progress) -> None:
+        if not killed and progress.done > 15:
+            killed.append(_training_pids()[-1])
+            os.kill(killed[0], signal.SIGKILL)
+
+    train(job(data, tmp_path / "killed", **settings, **rhythm), on_progress=kill)
+    train(job(data, tmp_path / "whole", **settings, **rhythm))
+    assert killed
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
+def test_a_run_goes_on_with_the_workers_that_can_be_had(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine is gone together with its worker: from then on Ray has one CPU less."""
+    there = {"CPU": 2.0}
+    monkeypatch.setattr(driver, "_resources", lambda: dict(there))
+    monkeypatch.setattr(driver, "LOSS_PATIENCE_S", 1.0)
+
+    def lose(progress: Progress) -> None:
+        if there["CPU"] == 2 and progress.done > 15:
+            there["CPU"] = 1.0
+            os.kill(_training_pids()[-1], signal.SIGKILL)
+
+    settings = {"phases.0.max_steps": 200, "phases.1.max_steps": 20, "min_workers": 1}
+    wanted = job(data, tmp_path, num_workers=2, checkpoint_every_steps=10, **settings)
+    seen: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver.log, "warning", lambda text, *values: seen.append(text % values))
+        train(wanted, on_progress=lose)
+    assert there["CPU"] == 1
+    assert ["1 of 2" in text for text in seen] == [True]
+    rows = losses(tmp_path)
+    assert [row[1] for row in rows] == [*range(1, 201), *range(1, 21)]
+    with pytest.raises(ConfigError, match="min_workers 3 is more than num_workers 2"):
+        job(data, tmp_path, num_workers=2, min_workers=3)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "least", "there", "wanted"),
+    [(12, 1, 4, 4), (12, 1, 3, 3), (20, 1, 3, 2), (12, 2, 2, 2)],
+)
+def test_the_number_of_workers_to_go_on_with(
+    batch_size: int, least: int, there: int, wanted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "LOSS_PATIENCE_S", 0.0)
+    monkeypatch.setattr(driver, "POLL_S", 0.01)
+    room = [0.0, there * 2.0]  # none at first: it is waited for
+    monkeypatch.setattr(driver, "_resources", lambda: {"CPU": room.pop(0) if room[1:] else room[0]})
+    sizes = {f"phases.{i}.batch_size": batch_size for i in range(2)}
+    asked = job(
+        "data", "out", num_workers=4, min_workers=least, **sizes, **{"phases.1.accumulate": 1}
+    )
+    assert driver._count_to_be_had(asked, threads=2) == wanted
 
 
 @pytest.mark.slow
