@@ -2,20 +2,22 @@
 
     python -m tests.bench.train --preset actions64 --system fomm --seconds 40
 
-Both train the same model with the same losses on the same drawn clips: rounds of ours and of
-theirs take turns, and the medians of the rounds are compared. What counts is the wall clock, on a
-machine that does nothing else; on a shared one the ratio of processor seconds, with --threads 1,
-says more.
+Both train the same model with the same losses on the same drawn clips, each in a process of its
+own: rounds of ours and of theirs take turns, and the medians of the rounds are compared. What
+counts is the wall clock, on a machine that does nothing else; on a shared one the ratio of
+processor seconds, with --threads 1, says more.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +26,12 @@ from PIL import Image
 
 from kpmask.config import TrainJob, resolve_job
 from kpmask.data.dataset import Dataset
+from kpmask.data.frame_cache import FrameCache
 from kpmask.data.loader import BatchLoader
 from kpmask.data.pairs import PairSampler
 from kpmask.data.shards import ShardWriter
 from kpmask.demo.videos import film, plan_takes
-from kpmask.device import training_precision
+from kpmask.device import keep_freed_memory, training_precision
 from kpmask.models.base import Batch, LossTerms
 from kpmask.perceptual import PerceptualFeatures, load_perceptual
 from kpmask.records import ClipRecord
@@ -43,25 +46,17 @@ SPLIT = ("data", "forward", "backward", "optimiser")
 def main() -> None:
     options = _options()
     job = _job(options)
-    torch.set_num_threads(options.threads or torch.get_num_threads())
-    device = "cuda" if options.gpu else "cpu"
-    features = load_perceptual(job.perceptual, job.perceptual_weights)
+    plans = _plans(job)
     with tempfile.TemporaryDirectory(prefix="kpmask-bench-") as folder:
         clips = _clips(Path(folder), job.phases[0].model.image_size_px)
-        plans = plan_phases(job, pairs_per_epoch=job.num_repeats * NUM_CLIPS)
-        seconds = options.seconds / len(plans)
         for plan in plans:
-            ours = OurLoop(job, plan, clips, Path(folder), features=features, device=device)
-            theirs = OriginalLoop(
-                plan,
-                [Path(folder) / "png" / clip.name for clip in clips],
-                features=load_perceptual(job.perceptual, job.perceptual_weights),
-                seed=job.seed,
-                device=device,
-            )
-            print(_title(options, job, plan, device))
-            _compare(ours, theirs, seconds)
-            ours.close()
+            print(_title(options, job, plan))
+            with contextlib.ExitStack() as stack:
+                loops = {
+                    name: stack.enter_context(_Process(name, options, plan.index, clips, folder))
+                    for name in ("ours", "original")
+                }
+                _compare(loops, options.seconds / len(plans), plan.phase.batch_size)
 
 
 def _options() -> argparse.Namespace:
@@ -91,12 +86,20 @@ def _job(options: argparse.Namespace) -> TrainJob:
     return job.model_copy(update={"phases": tuple(phases)})
 
 
-def _title(options: argparse.Namespace, job: TrainJob, plan: PhasePlan, device: str) -> str:
-    phase = plan.phase
+def _plans(job: TrainJob) -> tuple[PhasePlan, ...]:
+    return plan_phases(job, pairs_per_epoch=job.num_repeats * NUM_CLIPS)
+
+
+def _device(options: argparse.Namespace) -> str:
+    return "cuda" if options.gpu else "cpu"
+
+
+def _title(options: argparse.Namespace, job: TrainJob, plan: PhasePlan) -> str:
+    phase, device = plan.phase, _device(options)
     return (
-        f"{options.preset} {phase.name} ({phase.model.system}), batch {phase.batch_size}, "
-        f"{job.perceptual}, {training_precision(job, device)}, {device}, "
-        f"{torch.get_num_threads()} threads"
+        f"{options.preset} {phase.name} ({phase.model.system}), {phase.model.image_size_px} px, "
+        f"batch {phase.batch_size}, {job.perceptual}, {training_precision(job, device)}, {device}, "
+        f"{options.threads or torch.get_num_threads()} threads"
     )
 
 
@@ -191,7 +194,7 @@ class OurLoop:
             clips, num_repeats=job.num_repeats, batch_size=self.batch_size, seed=job.seed
         )
         dataset = Dataset(clips, fetch=root.joinpath)
-        loader = BatchLoader(dataset.read, sampler, job.augmentation, device=device)
+        loader = BatchLoader(FrameCache(dataset.read), sampler, job.augmentation, device=device)
         self.batches = loader.batches(0, 10**6)
 
     def step(self) -> float:
@@ -202,9 +205,6 @@ class OurLoop:
         timed_s = sum(self.split_s.values()) - before_s
         self.split_s["backward"] += time.perf_counter() - start_s - timed_s
         return loss
-
-    def close(self) -> None:
-        self.batches.close()
 
 
 @contextlib.contextmanager
@@ -218,43 +218,113 @@ def _timed(split_s: dict[str, float], name: str) -> Iterator[None]:
 
 # --- comparison ------------------------------------------------------------------------------
 
+Seconds = tuple[float, float]  # of a step: wall, processor
 
-def _compare(ours: OurLoop, theirs: OriginalLoop, seconds: float) -> None:
-    loops = {"ours": ours, "original": theirs}
-    for loop in loops.values():  # first steps allocate, choose algorithms, fill caches
-        for _ in range(2):
-            loop.step()
-        loop.split_s.update(dict.fromkeys(loop.split_s, 0.0))
-    rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in loops}
-    end_s = time.monotonic() + seconds
-    while time.monotonic() < end_s or len(rounds["original"]) < 3:
-        for name, loop in loops.items():
-            rounds[name].append(_round(loop))
-    for name, loop in loops.items():
-        total_s = sum(loop.split_s.values())
-        split = ", ".join(f"{key} {loop.split_s[key] / total_s:.0%}" for key in SPLIT)
-        wall_s, cpu_s = (statistics.median(column) for column in zip(*rounds[name], strict=True))
-        print(
-            f"  {name:9s} {loop.batch_size / wall_s:7.1f} samples/s, {cpu_s:.3f} CPU s a step "
-            f"({len(rounds[name])} rounds): {split}"
-        )
-    for place, clock in enumerate(("wall", "CPU")):
-        ours_s, theirs_s = ([times[place] for times in rounds[name]] for name in loops)
-        ratios = sorted(b / a for a, b in zip(ours_s, theirs_s, strict=True))
-        ratio = statistics.median(theirs_s) / statistics.median(ours_s)
-        print(
-            f"  {clock} ratio {ratio:.2f}, of rounds {ratios[0]:.2f} to {ratios[-1]:.2f}",
-            flush=True,
+
+class _Process:
+    """One of the loops in a process of its own, which runs when it is asked to."""
+
+    def __init__(
+        self,
+        name: str,
+        options: argparse.Namespace,
+        phase: int,
+        clips: list[ClipRecord],
+        folder: str,
+    ) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._line, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(theirs, name, options, phase, clips, folder), daemon=True
         )
 
+    def __enter__(self) -> _Process:
+        self._process.start()
+        self._line.recv()  # it is ready
+        return self
 
-def _round(loop: OurLoop | OriginalLoop) -> tuple[float, float]:
+    def __exit__(self, *error: object) -> None:
+        self._process.terminate()
+        self._process.join()
+
+    def round(self) -> Seconds:
+        self._line.send("round")
+        seconds: Seconds = self._line.recv()
+        return seconds
+
+    def split(self) -> dict[str, float]:
+        self._line.send("split")
+        shares: dict[str, float] = self._line.recv()
+        return shares
+
+
+def _serve(
+    line: Connection,
+    name: str,
+    options: argparse.Namespace,
+    phase: int,
+    clips: list[ClipRecord],
+    folder: str,
+) -> None:
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    loop = _loop(name, options, phase, clips, Path(folder))
+    for _ in range(2):  # first steps allocate, choose algorithms, fill caches
+        loop.step()
+    loop.split_s.update(dict.fromkeys(loop.split_s, 0.0))
+    line.send("ready")
+    while True:
+        if line.recv() == "round":
+            line.send(_round(loop))
+        else:
+            total_s = sum(loop.split_s.values())
+            line.send({key: loop.split_s[key] / total_s for key in SPLIT})
+
+
+def _loop(
+    name: str, options: argparse.Namespace, phase: int, clips: list[ClipRecord], root: Path
+) -> OurLoop | OriginalLoop:
+    job = _job(options)
+    plan, device = _plans(job)[phase], _device(options)
+    features = load_perceptual(job.perceptual, job.perceptual_weights)
+    if name == "ours":
+        keep_freed_memory()
+        return OurLoop(job, plan, clips, root, features=features, device=device)
+    folders = [root / "png" / clip.name for clip in clips]
+    return OriginalLoop(plan, folders, features=features, seed=job.seed, device=device)
+
+
+def _round(loop: OurLoop | OriginalLoop) -> Seconds:
     """Wall and processor seconds of a step: means over a round."""
     wall_s, cpu_s = time.perf_counter(), time.process_time()
     losses = [loop.step() for _ in range(STEPS_PER_ROUND)]
     assert np.isfinite(losses).all()
     elapsed = time.perf_counter() - wall_s, time.process_time() - cpu_s
     return elapsed[0] / STEPS_PER_ROUND, elapsed[1] / STEPS_PER_ROUND
+
+
+def _compare(loops: Mapping[str, _Process], seconds: float, batch_size: int) -> None:
+    rounds: dict[str, list[Seconds]] = {name: [] for name in loops}
+    end_s = time.monotonic() + seconds
+    while time.monotonic() < end_s or len(rounds["original"]) < 3:
+        for name, loop in loops.items():
+            rounds[name].append(loop.round())
+    lines = [_line(name, loop, rounds[name], batch_size) for name, loop in loops.items()]
+    for place, clock in enumerate(("wall", "CPU")):
+        ours_s, theirs_s = ([times[place] for times in rounds[name]] for name in loops)
+        ratios = sorted(b / a for a, b in zip(ours_s, theirs_s, strict=True))
+        ratio = statistics.median(theirs_s) / statistics.median(ours_s)
+        lines.append(f"  {clock} ratio {ratio:.2f}, of rounds {ratios[0]:.2f} to {ratios[-1]:.2f}")
+    print("\n".join(lines), flush=True)
+
+
+def _line(name: str, loop: _Process, rounds: list[Seconds], batch_size: int) -> str:
+    wall_s, cpu_s = (statistics.median(column) for column in zip(*rounds, strict=True))
+    split = ", ".join(f"{key} {share:.0%}" for key, share in loop.split().items())
+    return (
+        f"  {name:9s} {batch_size / wall_s:7.1f} samples/s, {cpu_s:.3f} CPU s a step "
+        f"({len(rounds)} rounds): {split}"
+    )
 
 
 if __name__ == "__main__":
