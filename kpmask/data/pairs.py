@@ -94,10 +94,11 @@ class PairSampler:
         return FramePair(clip, source, driving, int(random.integers(2**63)))
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
-        if self._order is None or self._order[0] != epoch:
+        order = self._order  # which another thread may replace
+        if order is None or order[0] != epoch:
             random = np.random.default_rng([self._seed, 0, epoch])
-            self._order = epoch, random.permutation(self.pairs_per_epoch)
-        return self._order[1]
+            self._order = order = epoch, random.permutation(self.pairs_per_epoch)
+        return order[1]
 
 
 def _by_identity(clips: Sequence[ClipRecord]) -> list[list[ClipRecord]]:

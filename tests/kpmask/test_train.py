@@ -297,6 +297,21 @@ def test_workers_on_gpus_share_batch_statistics() -> None:
     assert not shares_statistics(Worker(count=2))
 
 
+def test_shared_statistics_keep_names_and_the_frozen_detector(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = plans(**{"phases.1.ema_decay": 0.9})[1]
+    before = weights(initial_system(plans()[0], seed=0))
+    plain = trainer(plan, before=before)
+    monkeypatch.setattr("kpmask.train.shares_statistics", lambda worker: True)
+    shared = trainer(plan, before=before)
+    assert same(weights(plain.system), weights(shared.system))
+    norms = [m for m in shared.system.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert {type(m) for m in norms} == {nn.SyncBatchNorm}
+    assert not any(m.training for m in shared.system.get_submodule("detector").modules())
+    assert same(weights(plain.result), weights(shared.result))
+
+
 def test_bfloat16_only_where_the_processor_computes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     assert training_precision(job(), "cpu") == "bfloat16"
@@ -462,7 +477,11 @@ def halves(batch: Batch) -> list[Batch]:
 
 
 # Adam would make the rounding of a gradient that is 0 (a bias before batch norm) as large as any.
-SHARED = {"phases.0.optimizer": "sgd", "phases.0.learning_rate": 1e-4}
+SHARED = {
+    "phases.0.optimizer": "sgd",
+    "phases.0.learning_rate": 1e-4,
+    "phases.0.accumulate": 2,
+}
 
 
 def _one_of_two(rank: int, folder: str) -> None:
@@ -491,7 +510,7 @@ def test_two_workers_average_their_gradients_and_stop_together(tmp_path: Path) -
     names = dict(initial_system(plans()[0], seed=0).named_parameters())
     for name in names:
         assert torch.equal(results[0]["weights"][name], results[1]["weights"][name]), name
-    # By hand: each half through a copy of the model, gradients averaged, one step.
+    # By hand: each half, in two parts, through a copy of the model, gradients averaged, one step.
     reference = initial_system(plans()[0], seed=0)
     reference.set_losses(plans()[0].phase.losses, None)
     reference.to(memory_format=torch.channels_last)
@@ -501,14 +520,16 @@ def test_two_workers_average_their_gradients_and_stop_together(tmp_path: Path) -
         copies = [copy.deepcopy(reference).train() for _ in range(2)]
         losses = []
         for rank, (system, half) in enumerate(zip(copies, halves(batch), strict=True)):
-            torch.manual_seed(derived_seed(0, 0, 1, step, rank, 0))
-            total = system.training_losses(laid_out(half)).total
-            total.backward()
-            losses.append(total.item())
+            for number in range(2):
+                torch.manual_seed(derived_seed(0, 0, 1, step, rank, number))
+                part = part_of(half, slice(number, number + 1))
+                total = system.training_losses(part).total
+                total.backward()
+                losses.append(total.item())
         for parameters in zip(*(s.parameters() for s in (reference, *copies)), strict=True):
-            parameters[0].grad = (parameters[1].grad + parameters[2].grad) / 2
+            parameters[0].grad = (parameters[1].grad + parameters[2].grad) / 4
         optimizer.step()
-        wanted.append(sum(losses) / 2)
+        wanted.append(sum(losses) / 4)
     assert results[0]["losses"] == pytest.approx(wanted, rel=1e-5)
     for name, parameter in reference.named_parameters():
         assert torch.allclose(results[0]["weights"][name], parameter, atol=1e-5), name

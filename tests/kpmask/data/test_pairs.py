@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -99,3 +100,13 @@ def test_no_training_clips(clips: list[ClipRecord]) -> None:
 def test_an_epoch_that_fills_no_batch() -> None:
     with pytest.raises(DatasetError, match=r"3 training identities .* 12 pairs .* batch of 13"):
         sampler(batch_size=13)
+
+
+def test_threads_may_share_a_sampler() -> None:
+    """Readers of coming steps ask for the pairs of two epochs at once."""
+    alone = {step: sampler().batch(step) for step in range(40)}
+    shared = sampler()
+    steps = [step for _ in range(20) for step in alone]
+    with ThreadPoolExecutor(8) as pool:
+        for step, pairs in zip(steps, pool.map(shared.batch, steps), strict=True):
+            assert pairs == alone[step]
