@@ -172,13 +172,12 @@ def narrowed(x_BCHW: Tensor, network: nn.Module) -> Tensor:
 
     Each of them would do this for itself, and a skip connection would carry it on unchanged.
     """
-    kind = x_BCHW.device.type
-    if torch.is_autocast_enabled(kind) and x_BCHW.dtype == torch.float32:
-        x_BCHW = x_BCHW.to(torch.get_autocast_dtype(kind))
-    weight = next(network.parameters())
-    if weight.is_contiguous(memory_format=torch.channels_last):
-        return x_BCHW.contiguous(memory_format=torch.channels_last)
-    return x_BCHW
+    kind, dtype, layout = x_BCHW.device.type, x_BCHW.dtype, torch.preserve_format
+    if torch.is_autocast_enabled(kind) and dtype == torch.float32:
+        dtype = torch.get_autocast_dtype(kind)
+    if next(network.parameters()).is_contiguous(memory_format=torch.channels_last):
+        layout = torch.channels_last
+    return x_BCHW.to(dtype=dtype, memory_format=layout)
 
 
 def convolved(x_BCHW: Tensor, *heads: nn.Conv2d) -> tuple[Tensor, ...]:
