@@ -275,10 +275,10 @@ class _PhaseRun:
             self.run.job.augmentation,
             device=self.run.worker.device,
         )
-        batches = loader.batches(trainer.step_number, plan.num_steps)
         if self.first and trainer.step_number == 0:
             self._write_samples()
-        done = fit(trainer, batches, after_step=self._after_step, on_failure=self._keep_batch)
+        with contextlib.closing(loader.batches(trainer.step_number, plan.num_steps)) as batches:
+            done = fit(trainer, batches, after_step=self._after_step, on_failure=self._keep_batch)
         self._save()
         if done and self.first and plan is not self.run.plans[-1]:
             key = f"{train_folder.PHASES}/{plan.phase.name}.safetensors"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
@@ -52,8 +52,8 @@ class BatchLoader:
         self._on_gpu = self._device.type == "cuda"
         self._num_readers = min(MAX_READERS, os.cpu_count() or 1) if self._on_gpu else 1
 
-    def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
-        """The batches of steps [first_step, last_step), in order."""
+    def batches(self, first_step: int, last_step: int) -> Generator[Batch]:
+        """The batches of steps [first_step, last_step), in order; close it to stop the threads."""
         readers = ThreadPoolExecutor(self._num_readers, thread_name_prefix="batches")
         steps = iter(range(first_step, last_step))
         coming: collections.deque[Future[_RawBatch]] = collections.deque()

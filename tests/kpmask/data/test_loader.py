@@ -92,7 +92,7 @@ def test_batches_are_the_pairs_of_their_steps() -> None:
 def test_reading_is_ahead_by_a_bounded_number_of_steps(
     num_readers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reader = Reader()
+    reader, threads = Reader(), set(threading.enumerate())
     loader = BatchLoader(reader, sampler(), Augmentation())
     monkeypatch.setattr(loader, "_num_readers", num_readers)
     batches = loader.batches(0, 100)
@@ -100,7 +100,7 @@ def test_reading_is_ahead_by_a_bounded_number_of_steps(
         next(batches)
         assert reader.asked.total() <= (done + num_readers + 1) * 4 * 2
     batches.close()
-    assert not [t for t in threading.enumerate() if t.name.startswith("batches")]
+    assert set(threading.enumerate()) <= threads
 
 
 def test_a_frame_that_cannot_be_read_ends_the_batches() -> None:
