@@ -6,6 +6,7 @@
     │   ├── MediaError     an image or video that cannot be read, or breaks a limit
     │   ├── RowError       a metadata or catalog row that makes no sense
     │   ├── DownloadError  a video that could not be had
+    │   ├── QualityError   a clip that is not worth training on
     │   └── WorkerError    the process that worked on the item died or ran out of time
     ├── CheckpointError    weights that are not what they should be
     ├── DatasetError       a dataset that cannot be trained or evaluated on
@@ -103,6 +104,7 @@ class MediaError(ItemError):
             "decode_errors",
             "timestamp_gap",
             "inconsistent_frames",
+            "no_subject",
             "encode_failed",
             "ffmpeg_failed",
         }
@@ -111,7 +113,16 @@ class MediaError(ItemError):
 
 
 class RowError(ItemError):
-    codes = frozenset({"bad_row", "missing_raw", "path_escape", "duplicate_name", "duplicate_row"})
+    codes = frozenset(
+        {
+            "bad_row",
+            "missing_raw",
+            "path_escape",
+            "duplicate_name",
+            "duplicate_row",
+            "filtered",
+        }
+    )
     default_code = "bad_row"
 
 
@@ -132,6 +143,15 @@ class DownloadError(ItemError):
         }
     )
     default_code = "network"
+
+
+class QualityError(ItemError):
+    """A clip that could be cut and was rejected; `value` is what was measured."""
+
+    codes = frozenset(
+        {"blurred", "dark", "bright", "static", "jumpy", "overlay", "duplicate", "near_duplicate"}
+    )
+    default_code = "blurred"
 
 
 class WorkerError(ItemError):

@@ -129,6 +129,12 @@ class ClipRecord:
     clamped: bool
     num_frames_lost: int
     sha256: str
+    # What `kpmask.data.quality` measured, on the frames as stored.
+    sharpness: float = 0.0
+    brightness: float = 0.0
+    motion: float = 0.0
+    overlay: float = 0.0
+    look: str = ""  # perceptual hashes of a few frames, hexadecimal
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +148,28 @@ class DatasetManifest:
     num_test: int
     num_frames: int
     num_failures: int
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetChanges:
+    """What a run of preprocess changed; a dataset's `changes.json`.
+
+    `version` counts the published versions, from 1. Clips are compared by id, failures by item
+    and code; `retried` counts videos that an earlier run could not have, `waiting` those whose
+    next try is not due yet.
+    """
+
+    version: int
+    dataset_id: str
+    clips_added: int
+    clips_removed: int
+    clips_kept: int
+    videos_added: int
+    videos_removed: int
+    failures_new: int
+    failures_gone: int
+    retried: int
+    waiting: int
 
 
 # --- train -----------------------------------------------------------------------------------
@@ -478,7 +506,10 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An item that could not be done. `code` is stable, `cause` is for people."""
+    """An item that could not be done. `code` is stable, `cause` is for people.
+
+    `value` is what was measured where a limit was broken.
+    """
 
     item: str
     stage: str
@@ -486,6 +517,7 @@ class Failure:
     cause: str
     retryable: bool
     attempts: int
+    value: float | None = None
 
 
 # --- records and Arrow -----------------------------------------------------------------------
@@ -550,7 +582,7 @@ def to_table(
 
 
 def from_table(table: pa.Table, record_type: type[R]) -> list[R]:
-    """The records of an Arrow table.
+    """The records of an Arrow table; columns that came later than it have their defaults.
 
     Raises:
         ValueError: the table was written for another record type, or lacks a column.
@@ -558,14 +590,19 @@ def from_table(table: pa.Table, record_type: type[R]) -> list[R]:
     written_for = (table.schema.metadata or {}).get(b"kpmask_record", b"").decode()
     if written_for != record_type.__name__:
         raise ValueError(f"a table of {written_for or 'unknown'}, not of {record_type.__name__}")
-    names = arrow_schema(record_type).names
-    missing = sorted(set(names) - set(table.column_names))
+    names = [name for name in arrow_schema(record_type).names if name in table.column_names]
+    missing = sorted(_required(record_type) - set(names))
     if missing:
         raise ValueError(f"columns missing: {', '.join(missing)}")
     return [
         record_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
         for row in table.select(names).to_pylist()
     ]
+
+
+def _required(record_type: type) -> set[str]:
+    fields = dataclasses.fields(record_type)
+    return {field.name for field in fields if field.default is dataclasses.MISSING}
 
 
 def as_dict(record: Any) -> dict[str, Any]:  # noqa: ANN401 - any record above
