@@ -44,7 +44,7 @@ class Cluster(Part):
     """How much of the Ray cluster a job takes. RAY_ADDRESS chooses the cluster itself."""
 
     num_workers: PositiveInt | None = None  # None: one for every CPU (or GPU) that Ray has
-    cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
+    cpus_per_worker: Annotated[float, Field(ge=0)] = 1.0  # 0: of work that only waits
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
     max_deaths: PositiveInt = 2  # an item that killed this many workers is given up
     max_attempts: PositiveInt = 3  # of an item whose error says that a retry can help
@@ -83,6 +83,27 @@ class Clips(Part):
     # box that is not square.
     fit: Literal["square", "stretch"] = "square"
     test_fraction: Fraction = 0.1  # for videos that come without a split, by identity
+    # Where any are named, they are tested on and all others trained on, whatever the source says.
+    test_identities: tuple[str, ...] = ()
+
+
+# What the input is. Annotated: a table or annotations say which seconds and pixels of which video;
+# of the others there are the videos themselves. `kpmask.data.sources` tells them apart.
+SourceKind = Literal["table", "taichi", "voxceleb1", "voxceleb2", "nemo", "robonet", "videos"]
+ANNOTATED_SOURCES: frozenset[SourceKind] = frozenset({"table", "taichi", "voxceleb1", "voxceleb2"})
+
+
+class RoboNet(Part):
+    """What is taken of RoboNet's trajectories (HDF5 files)."""
+
+    robots: tuple[str, ...] = ("sawyer",)  # the paper's; none named: every robot
+    # A camera's frames are cut to a whole number of clips of so many, so that a trajectory of 31
+    # frames does not become clips of 15 and 16; None: all frames.
+    num_frames: PositiveInt | None = 30
+    cameras: tuple[Annotated[int, Field(ge=0, le=63)], ...] | None = None  # None: all
+    # The order of colours in a decoded picture; file: as its attribute says.
+    channels: Literal["file", "rgb", "bgr"] = "file"
+    max_bytes: PositiveInt = 2**30  # of one trajectory's file, and of what is unpacked from it
 
 
 class Storage(Part):
@@ -101,7 +122,9 @@ class PreprocessJob(Part):
     metadata: str | None = None
     videos: str | None = None
     raw: str | None = None
+    source: SourceKind | None = None  # None: a table with metadata, else videos
     clips: Clips = Clips()
+    robonet: RoboNet = RoboNet()
     storage: Storage = Storage()
     download: Download = Download()
     limits: MediaLimits = MediaLimits()
@@ -112,7 +135,18 @@ class PreprocessJob(Part):
     def _one_input(self) -> PreprocessJob:
         if (self.metadata is None) == (self.videos is None):
             raise ValueError("give exactly one of metadata and videos")
+        annotated = self.source_kind in ANNOTATED_SOURCES
+        if annotated != (self.metadata is not None):
+            wanted, given = ("metadata", "videos") if annotated else ("videos", "metadata")
+            raise ValueError(f"source {self.source} takes {wanted}, not {given}")
         return self
+
+    @property
+    def source_kind(self) -> SourceKind:
+        """What the input is, where that was left open, too."""
+        if self.source is not None:
+            return self.source
+        return "videos" if self.metadata is None else "table"
 
 
 # --- train -----------------------------------------------------------------------------------

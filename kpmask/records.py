@@ -39,7 +39,9 @@ class SourceRow:
     """One row of a metadata table: frames [start, end) and a box of one video.
 
     Frame numbers and the box are in the reference video (`ref_fps`, `ref_size_px`), not in the
-    file at hand. A user's own video has no reference: then every one of these is None.
+    file at hand. A reference width of 0 is the one that the file's aspect ratio gives for the
+    reference height. A user's own video has no reference: then every one of these is None.
+    `line` is unique among the rows of a source.
     """
 
     line: int
