@@ -111,6 +111,9 @@ def preprocess(
     job: JobFile = None,
     overrides: Overrides = None,
     workers: Annotated[int | None, typer.Option(help="Ray workers; default one a CPU.")] = None,
+    retry_now: Annotated[
+        bool, typer.Option("--retry-now", help="Also try what waits for a later run, or gave up.")
+    ] = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -134,6 +137,7 @@ def preprocess(
             "raw": raw,
             "storage": None if layout is None else {"layout": layout},
             "cluster": _workers(workers),
+            "retry": {"backoff_s": 0, "max_attempts": None} if retry_now else None,
         },
     )
     from flows import jobs

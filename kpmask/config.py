@@ -55,20 +55,35 @@ class Cluster(Part):
 
 
 class Download(Part):
-    """How videos that are not at hand are fetched (yt-dlp)."""
+    """How videos that are not at hand are fetched: files by HTTP, pages by yt-dlp, S3 objects."""
 
     enabled: bool = True
     url_template: str = "https://www.youtube.com/watch?v={video_id}"
     max_attempts: PositiveInt = 4
     backoff_s: Seconds = 2.0  # doubles with every attempt
-    timeout_s: Seconds = 20.0
+    timeout_s: Seconds = 20.0  # of one connection, or one silence
+    max_time_s: Seconds = 1800.0  # of one video, all attempts together
+    min_bytes_per_s: Annotated[int, Field(ge=0)] = 1000  # a host that is slower is given up
     max_bytes: PositiveInt = 4 * 2**30
     max_height_px: PositiveInt = 720
     rate_bytes_per_s: PositiveInt | None = None
-    concurrency: PositiveInt = 4
+    concurrency: PositiveInt = 4  # downloads at once, on one machine
+    per_host: PositiveInt = 2  # of them from one host
+    host_interval_s: Annotated[float, Field(ge=0)] = 0.0  # between two requests to one host
+    max_pause_s: Annotated[float, Field(ge=0)] = 120.0  # as long as a host may ask us to wait
+    # Where tables of strangers may point with s3:// addresses, which are read with our own keys.
+    s3_prefixes: tuple[Annotated[str, Field(pattern=r"^s3://[^/]")], ...] = ()
     cookies_file: str | None = Field(default=None, repr=False)
     proxy: str | None = Field(default=None, repr=False)
     allow_private_hosts: bool = False  # loopback and private networks, for a mirror of one's own
+
+
+class Retry(Part):
+    """When a later run tries again what failed for a passing reason."""
+
+    backoff_s: Annotated[float, Field(ge=0)] = 900.0  # after the second failure; then it doubles
+    max_backoff_s: Seconds = 86400.0
+    max_attempts: PositiveInt | None = 10  # over all runs; None: for ever
 
 
 class Clips(Part):
@@ -127,6 +142,7 @@ class PreprocessJob(Part):
     robonet: RoboNet = RoboNet()
     storage: Storage = Storage()
     download: Download = Download()
+    retry: Retry = Retry()
     limits: MediaLimits = MediaLimits()
     cluster: Cluster = Cluster()
     max_failed_fraction: Fraction = 0.5
