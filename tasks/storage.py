@@ -359,10 +359,12 @@ def create_temporary(folder: Path) -> tuple[Path, BinaryIO]:
     name = f"{TEMPORARY_PREFIX}{_host()}-{os.getpid()}-{secrets.token_hex(6)}"
     path = folder / name
     for attempt in range(_CREATE_ATTEMPTS):
-        folder.mkdir(parents=True, exist_ok=True)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             return path, path.open("xb")
-        except FileNotFoundError:  # a `delete` beside us removed the folder as empty
+        except (FileNotFoundError, FileExistsError):
+            # A `delete` beside us removed the folder as empty, before we used it or while it was
+            # being looked at.
             if attempt == _CREATE_ATTEMPTS - 1:
                 raise
     raise AssertionError("unreachable")

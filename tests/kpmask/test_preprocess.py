@@ -303,7 +303,7 @@ def test_memory_is_flat(tmp_path: Path) -> None:
         return [peak]
 
     (short,), (long,) = images(30), images(300)
-    assert long < short + 100_000
+    assert long < short + 1_000_000  # the 270 frames more are 13 MB
 
 
 def test_expected_chunks_of_the_dev_data(dev_data: Path, tmp_path: Path) -> None:
