@@ -121,6 +121,40 @@ class RoboNet(Part):
     max_bytes: PositiveInt = 2**30  # of one trajectory's file, and of what is unpacked from it
 
 
+class Subject(Part):
+    """What is cut out of videos that come without boxes, and for how long it is followed.
+
+    A row of a table has a box: none of this is for it.
+    """
+
+    # none: the largest square about the frame's centre. auto: a face where one is seen, else a
+    # person, else what moves. face needs `pip install kpmask[faces]`, and so does auto.
+    detector: Literal["none", "auto", "face", "person", "motion"] = "none"
+    # follow: the union of a subject's boxes, while they overlap its first (VoxCeleb). fixed: the
+    # first box, grown, while the subject stays in it (Tai-Chi-HD). first: the box of the video's
+    # first second for all of it, cuts or not (UvA-NEMO).
+    rule: Literal["follow", "fixed", "first"] = "follow"
+    # Of the box, on each side; then it is made square. VoxCeleb and NEMO: 0.1, Tai-Chi-HD: 0.05.
+    increase: Annotated[float, Field(ge=0)] = 0.1
+    # What becomes of a grown box that leaves the frame: refused, as in all three data sets, or
+    # moved inside (and made smaller, where it is larger than the frame).
+    border: Literal["refuse", "move"] = "refuse"
+    min_iou: Fraction = 0.25  # follow: with the first box
+    min_inside: Fraction = 0.9  # fixed: how much of the subject must stay in the box
+    alone: bool = True  # it ends where another subject touches its box; VoxCeleb has it off
+    max_missed: PositiveInt = 5  # it ends after so many looks in a row that do not find it
+    every_s: Seconds | None = None  # between two looks; None: face, motion 0.1, person 0.2
+    min_score: float | None = None  # None: face 0.7, person 0.3, motion 0.1
+    min_frames: Annotated[int, Field(ge=0)] = 0  # clips.min_frames holds too
+    min_box_px: Annotated[int, Field(ge=0)] = 0  # before growth; clips.min_box_px holds too
+    min_side_px: Annotated[int, Field(ge=0)] = 0  # the shorter side of the video
+    max_tubes: PositiveInt = 1000  # clips of one video; the rest of it is not looked at
+    # PySceneDetect's detectors; adaptive compares a change with those around it, so that a moving
+    # camera is no cut.
+    shots: Literal["adaptive", "content", "none"] = "adaptive"
+    shot_threshold: Annotated[float, Field(gt=0)] | None = None  # None: adaptive 3, content 27
+
+
 class Storage(Part):
     """How clips are stored."""
 
@@ -139,6 +173,7 @@ class PreprocessJob(Part):
     raw: str | None = None
     source: SourceKind | None = None  # None: a table with metadata, else videos
     clips: Clips = Clips()
+    subject: Subject = Subject()
     robonet: RoboNet = RoboNet()
     storage: Storage = Storage()
     download: Download = Download()

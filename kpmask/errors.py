@@ -7,6 +7,7 @@
     │   ├── RowError       a metadata or catalog row that makes no sense
     │   ├── DownloadError  a video that could not be had
     │   ├── QualityError   a clip that is not worth training on
+    │   ├── IntegrityError a stored clip that is not what its record says
     │   └── WorkerError    the process that worked on the item died or ran out of time
     ├── CheckpointError    weights that are not what they should be
     ├── DatasetError       a dataset that cannot be trained or evaluated on
@@ -105,6 +106,7 @@ class MediaError(ItemError):
             "timestamp_gap",
             "inconsistent_frames",
             "no_subject",
+            "leaves_frame",
             "encode_failed",
             "ffmpeg_failed",
         }
@@ -152,6 +154,26 @@ class QualityError(ItemError):
         {"blurred", "dark", "bright", "static", "jumpy", "overlay", "duplicate", "near_duplicate"}
     )
     default_code = "blurred"
+
+
+class IntegrityError(ItemError):
+    """What a dataset holds is not what its tables say."""
+
+    codes = frozenset(
+        {
+            "missing_file",
+            "damaged_file",
+            "wrong_row",
+            "wrong_length",
+            "wrong_size",
+            "wrong_frames",
+            "wrong_stats",
+            "split_leak",
+            "duplicate_name",
+            "duplicate_clip",
+        }
+    )
+    default_code = "damaged_file"
 
 
 class WorkerError(ItemError):
