@@ -3,7 +3,8 @@
 Boxes are (left, top, right, bottom) in pixels, right and bottom exclusive. The rule of the
 published preparation code, and where this differs from it:
 
-- An annotated box is in a reference frame; it is scaled to the real frame and truncated.
+- An annotated box is in a reference frame; it is scaled to the real frame and truncated. A
+  reference frame of width 0 has a height only, and the real frame's aspect ratio.
 - It is clamped to the frame here, because libavfilter silently *moves* a crop that leaves it.
 - With `increase` a > 0 the box is first grown, keeping its centre, to the square that contains
   it grown by a of its side on each side; a box that then leaves the frame is refused.
@@ -17,6 +18,7 @@ published preparation code, and where this differs from it:
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Literal
 
 from kpmask.config import Clips
 from kpmask.errors import MediaError, RowError
@@ -30,7 +32,7 @@ def crop_box(box_px: Box, *, ref_size_px: Size, frame_px: Size, clips: Clips) ->
 
     Args:
         box_px: the annotated box in the reference frame.
-        ref_size_px: (width, height) of the reference frame.
+        ref_size_px: (width, height) of the reference frame; width 0: as wide as it has to be.
         frame_px: (width, height) of the real frame, as displayed.
         clips: the settings `min_box_px`, `increase` and `fit`.
 
@@ -58,16 +60,54 @@ def crop_box(box_px: Box, *, ref_size_px: Size, frame_px: Size, clips: Clips) ->
     return square, inside != scaled or not contains(square, inside)
 
 
+def subject_box(
+    box_px: Box, *, frame_px: Size, increase: float, border: Literal["refuse", "move"]
+) -> tuple[Box, bool]:
+    """The square to cut about a found subject, and whether a part of the subject is lost.
+
+    Args:
+        box_px: the subject's box; it may leave the frame.
+        frame_px: (width, height) of the frame.
+        increase: of `grow_box`.
+        border: what becomes of a grown box that leaves the frame.
+
+    Raises:
+        MediaError: `leaves_frame`, with border="refuse".
+    """
+    grown = grow_box(box_px, increase=increase)
+    if contains((0, 0, *frame_px), grown):
+        return grown, False
+    if border == "refuse":
+        raise MediaError(
+            f"the box grown by {increase:g} to {grown} leaves the {frame_px[0]}x{frame_px[1]} "
+            f"frame",
+            code="leaves_frame",
+            hint="subject.border = 'move' moves such boxes inside",
+        )
+    square = square_box(grown, frame_px=frame_px)
+    return square, not contains(square, clamp_box(box_px, frame_px=frame_px))
+
+
 def scale_box(box_px: Box, *, from_px: Size, to_px: Size) -> Box:
-    """A box of one frame size in another, each side truncated to whole pixels."""
+    """A box of one frame size in another, each edge truncated (towards 0) to whole pixels.
+
+    With a width of 0 in `from_px`, both directions are scaled as the height is.
+    """
     (from_w, from_h), (to_w, to_h) = from_px, to_px
+    if from_w == 0:
+        from_w, to_w = from_h, to_h
     left, top, right, bottom = box_px
     return (
-        left * to_w // from_w,
-        top * to_h // from_h,
-        right * to_w // from_w,
-        bottom * to_h // from_h,
+        _truncated(left * to_w, from_w),
+        _truncated(top * to_h, from_h),
+        _truncated(right * to_w, from_w),
+        _truncated(bottom * to_h, from_h),
     )
+
+
+def _truncated(value: int, divisor: int) -> int:
+    """A quotient without its fraction; in whole numbers, since floats are off by one at times."""
+    return value // divisor if value >= 0 else -(-value // divisor)
 
 
 def clamp_box(box_px: Box, *, frame_px: Size) -> Box:

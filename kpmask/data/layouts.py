@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -100,11 +100,7 @@ def assign_splits(identities: Sequence[str], *, test_fraction: float) -> dict[st
     but for two cases: where all would be tested on, the one with the highest hash is trained on;
     where none would, and there are two or more, the one with the lowest is tested on.
     """
-    share = {
-        name: int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8])
-        / 2**64
-        for name in identities
-    }
+    share = {name: _share(name) for name in identities}
     tested = {name for name, value in share.items() if value < test_fraction}
     ranked = sorted(share, key=lambda name: (share[name], name))
     if tested and len(tested) == len(ranked):
@@ -112,6 +108,30 @@ def assign_splits(identities: Sequence[str], *, test_fraction: float) -> dict[st
     if not tested and len(ranked) > 1 and test_fraction > 0:
         tested.add(ranked[0])
     return {name: "test" if name in tested else "train" for name in ranked}
+
+
+def partition_of(
+    identity: str, *, test_identities: Collection[str] = (), test_fraction: float
+) -> Partition:
+    """The split of one identity, whoever the others are.
+
+    With `test_identities` those are tested on and all others trained on. Without, the split is the
+    hash's, as `assign_splits` has it less its two exceptions: they need all names at once.
+
+    Args:
+        identity: whose.
+        test_identities: best a set.
+        test_fraction: in [0, 1]; without effect where identities are named.
+    """
+    if test_identities:
+        return "test" if identity in test_identities else "train"
+    return "test" if _share(identity) < test_fraction else "train"
+
+
+def _share(name: str) -> float:
+    """A number in [0, 1) by a hash of a name."""
+    name_digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(name_digest[:8]) / 2**64
 
 
 def _stem(key: str) -> str:

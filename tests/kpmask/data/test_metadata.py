@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import collections
+import csv
+import gzip
+import io
+import itertools
+import os
+import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
-from kpmask.data.metadata import clip_name, read_metadata
+from kpmask.data import metadata
+from kpmask.data.metadata import clip_name, iter_metadata, read_metadata
 from kpmask.errors import ConfigError
-from kpmask.records import SourceRow
+from kpmask.records import Failure, SourceRow
 
 HEADER = "video_id,start,end,bbox,fps,width,height,partition"
 ROW = "abc,0,64,10-20-110-120,25,640,480,train"
@@ -87,6 +95,9 @@ def test_utf8_mark_crlf_quotes_and_blank_lines(tmp_path: Path) -> None:
         ("abc,0,64,600-20-900-120,25,640,480,train", "mostly outside"),
         ("abc,0,64,10-20-110-120,0,640,480,train", "fps '0'"),
         ("abc,0,64,10-20-110-120,inf,640,480,train", "fps 'inf'"),
+        ("abc,0,64,10-20-110-120,1e-9,640,480,train", "fps '1e-9' is out of range"),
+        ("abc,0,64,10-20-110-120," + "0" * 5000 + "25,640,480,train", "out of range"),
+        ("abc,0,2147483647,10-20-110-120,25,640,480,train", "the span has 2147483647 frames"),
         ("abc,0,64,10-20-110-120,25,0,480,train", "width is 0"),
         ("abc,0,64,10-20-110-120,25,640,480,validation", "neither train nor test"),
         ("abc,0,64,10-20-110-120,25,640,480", "fewer cells"),
@@ -150,6 +161,124 @@ def test_no_table(tmp_path: Path) -> None:
     (tmp_path / "empty.csv").write_bytes(b"")
     with pytest.raises(ConfigError, match="column missing"):
         read_metadata(tmp_path / "empty.csv")
+
+
+def found(path: Path) -> list[str]:
+    """What a table gives, in order: a row's video, or a failure's line and cause."""
+    return [
+        f"{r.item.rpartition(':')[2]}: {r.cause}" if isinstance(r, Failure) else r.video_id
+        for r in iter_metadata(path)
+    ]
+
+
+def test_rows_and_failures_come_in_the_order_of_the_file(tmp_path: Path) -> None:
+    lines = ["a" + ROW, ROW.replace("0,64", "64,0"), "b" + ROW, "a" + ROW]
+    assert found(table(tmp_path, *lines)) == [
+        "aabc",
+        "3: the span is empty: start 64, end 0",
+        "babc",
+        "aabc",
+    ]
+
+
+def test_packed_table(tmp_path: Path) -> None:
+    plain = table(tmp_path, ROW, "x", ROW.replace("abc", "äbc"))
+    packed = tmp_path / "table.csv.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    assert found(packed) == found(plain)
+    cut = tmp_path / "cut.csv"  # what it is, its first bytes say
+    cut.write_bytes(packed.read_bytes()[:-12])
+    with pytest.raises(ConfigError, match="damaged"):
+        found(cut)
+    cut.write_bytes(packed.read_bytes()[:14] + b"\xff" * 40)
+    with pytest.raises(ConfigError, match="damaged"):
+        found(cut)
+
+
+def test_bytes_that_are_not_utf8_cost_their_row(tmp_path: Path) -> None:
+    path = table(tmp_path, ROW)
+    latin, nul = ROW.replace("abc", "é").encode("latin-1"), ROW.replace("abc", "a\0b").encode()
+    path.write_bytes(path.read_bytes() + latin + b"\n" + nul + b"\n" + ROW.encode())
+    name = r"video_id 'a\x00b' is not a plain name"
+    assert found(path) == ["abc", "3: not UTF-8 text", f"4: {name}", "abc"]
+    path.write_text(f"{HEADER}\n{ROW}\n", encoding="utf-16")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        found(path)
+
+
+def test_line_without_end_costs_itself_only(tmp_path: Path) -> None:
+    path = table(tmp_path, ROW, "a" * 5_000_000, '"' + "a" * 200_000 + '"', ROW)
+    cause = f"the line is longer than {metadata.MAX_LINE_CHARS} characters"
+    assert found(path) == ["abc", f"3: {cause}", f"4: {cause}", "abc"]
+    path.write_bytes(b"\0" * 5_000_000)
+    with pytest.raises(ConfigError, match="longer than"):
+        found(path)
+
+
+def test_quote_that_is_not_closed_costs_its_line_only(tmp_path: Path) -> None:
+    others = [f"v{i}{ROW}" for i in range(200)]
+    names = [f"v{i}abc" for i in range(200)]
+    got = found(table(tmp_path, '"' + ROW, *others))
+    assert got[1:] == names
+    assert got[0].startswith("2: not CSV")
+    # Two of them close each other, over the good rows between.
+    half_open = ROW.replace("10-20-110-120", '"10-20-110-120')
+    half_shut = ROW.replace("10-20-110-120", '10-20-110-120"')
+    got = found(table(tmp_path, half_open, *others[:5], half_shut, *others[5:]))
+    assert [text for text in got if text in names] == names
+    assert [text.partition(":")[0] for text in got if text not in names] == ["2", "8"]
+
+
+def test_quoted_cell_may_hold_line_breaks(tmp_path: Path) -> None:
+    path = table(tmp_path, f'"one\ntwo, ""2""",{ROW}', f"x,{ROW}", header="title," + HEADER)
+    (first, second) = iter_metadata(path)
+    assert isinstance(first, SourceRow) and isinstance(second, SourceRow)
+    assert (first.video_id, first.line, second.line) == ("abc", 2, 4)
+
+
+def test_cells_are_those_of_the_csv_module(tmp_path: Path) -> None:
+    """Lines without quotes are split here."""
+    for text in ("a,b,,c", " a , b", ",", "a", "a\tb,c", "é,\u2028,x"):
+        (expected,) = csv.reader([text])
+        lines = metadata._Lines(io.StringIO())
+        assert metadata._cells(text + "\n", lines) == expected
+
+
+def test_neither_pipe_nor_folder_nor_repeated_column(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "."):
+        with pytest.raises(ConfigError, match="not a file"):
+            found(tmp_path / name)
+    with pytest.raises(ConfigError, match="column there twice: start"):
+        found(table(tmp_path, ROW + ",1", header=HEADER + ",start"))
+
+
+def test_a_strangers_text_does_not_blow_up_a_cause(tmp_path: Path) -> None:
+    long = "x" * 60_000
+    for line in (f"{long},0,64", ROW.replace("train", long), ROW.replace("10-20", long)):
+        (text,) = found(table(tmp_path, line))
+        assert len(text) < 300
+
+
+def test_a_million_rows_in_flat_memory(tmp_path: Path) -> None:
+    num_rows = 1_000_000
+    path = tmp_path / "million.csv"
+    with path.open("w") as file:
+        file.write(HEADER + ",person_id\n")
+        file.writelines(
+            f"v{i // 8:09d},{i % 8 * 200},{i % 8 * 200 + 150},{i % 300}-9-{i % 300 + 256}-265,25,"
+            f"1280,720,train,id{i // 200:05d}\n"
+            for i in range(num_rows)
+        )
+    rows = iter_metadata(path)
+    tracemalloc.start()  # makes it many times slower
+    collections.deque(itertools.islice(rows, 100_000), maxlen=0)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    began_s = time.process_time()
+    assert 100_000 + sum(isinstance(row, SourceRow) for row in rows) == num_rows
+    assert (time.process_time() - began_s) / num_rows < 30e-6  # 4e-6 on a quiet machine
+    assert peak_bytes < 4_000_000  # which the memory of 100,000 rows is not
 
 
 def test_dev_tables(dev_data: Path) -> None:
