@@ -5,7 +5,8 @@
 - libavfilter moves a crop box that leaves the frame back inside without a word, so boxes are
   checked here.
 - A crop without scaling equals the same slice of the whole frame. For scaling, chroma is first
-  brought to full resolution, so that an odd box does not shift colours by half a pixel.
+  brought to full resolution, so that an odd box does not shift colours by half a pixel; where the
+  picture shrinks, by repeating it, since it is averaged then.
 - Alpha is blended over black; sample aspect ratio is applied (the width is scaled).
 """
 
@@ -30,6 +31,7 @@ _RGB_MATRIX = 0  # AVCOL_SPC_RGB
 # swscale's quick way to RGB truncates: levels come out 1 to 1.5 too dark. This one is exact to
 # half a level and takes 3 ms for 1280x720.
 _CONVERT_FLAGS = "bilinear+accurate_rnd+full_chroma_int+bitexact"
+_REPEAT_FLAGS = "neighbor+bitexact"
 _SCALE_FLAGS = "area+accurate_rnd+full_chroma_int+full_chroma_inp+bitexact"
 
 
@@ -168,19 +170,19 @@ class Renderer:
         steps: list[tuple[str, str]] = []
         if geometry.square_px != geometry.coded_px:
             steps.append(_scale(geometry.square_px, "bicubic+accurate_rnd+bitexact"))
-        colour = "rgb24"
-        if self._size_px is not None:
-            colour = "gbrp" if frame.format.is_rgb else "yuv444p"
-        convert = [("scale", f"iw:ih:flags={_CONVERT_FLAGS}"), ("format", colour)]
-        if self._crop_px is None:
-            steps += convert
-        else:
-            box_px = orientation.coded_box(self._crop_px, geometry.displayed_px)
-            outer, inner = _nested(box_px, geometry.square_px)
-            steps += [_crop(outer), *convert, _crop(inner)]
-        if self._size_px is not None:
-            steps += [_scale(orientation.size(self._size_px), _SCALE_FLAGS), ("format", "rgb24")]
-        return steps
+        box_px = orientation.coded_box(
+            self._crop_px or (0, 0, *geometry.displayed_px), geometry.displayed_px
+        )
+        outer, inner = _nested(box_px, geometry.square_px)
+        if self._size_px is None:
+            return [*steps, _crop(outer), *_to("rgb24", _CONVERT_FLAGS), _crop(inner)]
+        size_px = orientation.size(self._size_px)
+        shrinks = all(to <= of for to, of in zip(size_px, _size_of(box_px), strict=True))
+        full = "gbrp" if frame.format.is_rgb else "yuv444p"
+        steps += [_crop(outer), *_to(full, _REPEAT_FLAGS if shrinks else _CONVERT_FLAGS)]
+        # By way of planes: swscale's own way to packed RGB is slow.
+        steps += [_crop(inner), _scale(size_px, _SCALE_FLAGS), ("format", "gbrp")]
+        return [*steps, *_to("rgb24", _CONVERT_FLAGS)]
 
 
 def _nested(box_px: Box, size_px: Size) -> tuple[Box, Box]:
@@ -194,6 +196,15 @@ def _nested(box_px: Box, size_px: Size) -> tuple[Box, Box]:
     )
     inner = (left - outer[0], top - outer[1], right - outer[0], bottom - outer[1])
     return outer, inner
+
+
+def _size_of(box_px: Box) -> Size:
+    return box_px[2] - box_px[0], box_px[3] - box_px[1]
+
+
+def _to(colour: str, flags: str) -> list[tuple[str, str]]:
+    """A pixel format, by a scale filter of our own and not one that libavfilter puts in."""
+    return [("scale", f"iw:ih:flags={flags}"), ("format", colour)]
 
 
 def _scale(size_px: Size, flags: str) -> tuple[str, str]:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PilImage
@@ -37,6 +38,12 @@ _TURNS = {
     8: PilImage.Transpose.ROTATE_90,
 }
 _MAX_STACK_FACTOR = 4  # a stack may hold that many times the pixels of the largest picture
+# Of frames of films, Paeth differences without a search for repeats are as small as what zlib
+# finds at level 4 with every row's best filter, in a third of its time.
+_PNG_OPTIONS = (
+    *(cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE),
+    *(cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_PAETH),
+)
 
 
 def read_image(path: Path, limits: MediaLimits) -> NDArray[np.uint8]:
@@ -202,9 +209,9 @@ def square_crop(image_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def encode_png(image_HWC: NDArray[np.uint8]) -> bytes:
     """PNG bytes of a uint8 HWC RGB picture; equal pictures give equal bytes."""
-    buffer = io.BytesIO()
-    PilImage.fromarray(image_HWC).save(buffer, "PNG", compress_level=4)
-    return buffer.getvalue()
+    image_bgr_HWC = cv2.cvtColor(image_HWC, cv2.COLOR_RGB2BGR)
+    _, data = cv2.imencode(".png", image_bgr_HWC, _PNG_OPTIONS)
+    return data.tobytes()
 
 
 def encode_jpeg(image_HWC: NDArray[np.uint8], *, quality: int = 95) -> bytes:

@@ -172,6 +172,8 @@ def test_bytes_there_and_back() -> None:
     image_HWC = _picture()
     assert np.array_equal(decode_image(encode_png(image_HWC)), image_HWC)
     assert encode_png(image_HWC) == encode_png(image_HWC.copy())
+    turned_HWC = image_HWC[::-1, ::-2].transpose(1, 0, 2)  # a view that steps backwards
+    assert np.array_equal(decode_image(encode_png(turned_HWC)), turned_HWC)
     assert np.abs(decode_image(encode_jpeg(image_HWC)).astype(int) - image_HWC).mean() < 2
     assert len(encode_jpeg(image_HWC, quality=30)) < len(encode_jpeg(image_HWC))
     with pytest.raises(MediaError):
