@@ -32,6 +32,7 @@ class KpmaskError(Exception):
         code: a stable identifier from the class's `codes`.
         hint: the way out, where there is one.
         retryable: whether the same call can succeed later.
+        value: what was measured, where a limit was broken.
     """
 
     codes: ClassVar[frozenset[str]] = frozenset({"internal"})
@@ -45,6 +46,7 @@ class KpmaskError(Exception):
         code: str | None = None,
         hint: str = "",
         retryable: bool = False,
+        value: float | None = None,
     ) -> None:
         super().__init__(cause)
         self.cause = cause
@@ -52,6 +54,7 @@ class KpmaskError(Exception):
         self.code = self.default_code if code is None else code
         self.hint = hint
         self.retryable = retryable
+        self.value = value
         assert self.code in self.codes, f"{type(self).__name__} has no code {self.code!r}"
 
     def __str__(self) -> str:
@@ -66,6 +69,7 @@ class KpmaskError(Exception):
             code=self.code,
             hint=self.hint,
             retryable=self.retryable,
+            value=self.value,
         )
         return _rebuild, (type(self), state)
 
@@ -148,7 +152,7 @@ class DownloadError(ItemError):
 
 
 class QualityError(ItemError):
-    """A clip that could be cut and was rejected; `value` is what was measured."""
+    """A clip that could be cut and was rejected."""
 
     codes = frozenset(
         {"blurred", "dark", "bright", "static", "jumpy", "overlay", "duplicate", "near_duplicate"}
