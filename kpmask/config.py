@@ -67,6 +67,7 @@ class Download(Part):
     max_bytes: PositiveInt = 4 * 2**30
     max_height_px: PositiveInt = 720
     rate_bytes_per_s: PositiveInt | None = None
+    keep: bool = True  # False: a downloaded video is removed as soon as it is cut
     concurrency: PositiveInt = 4  # downloads at once, on one machine
     per_host: PositiveInt = 2  # of them from one host
     host_interval_s: Annotated[float, Field(ge=0)] = 0.0  # between two requests to one host
@@ -83,7 +84,7 @@ class Retry(Part):
 
     backoff_s: Annotated[float, Field(ge=0)] = 900.0  # after the second failure; then it doubles
     max_backoff_s: Seconds = 86400.0
-    max_attempts: PositiveInt | None = 10  # over all runs; None: for ever
+    max_attempts: Annotated[int, Field(ge=0)] = 10  # over all runs; 0: as often as it takes
 
 
 class Clips(Part):
@@ -155,13 +156,52 @@ class Subject(Part):
     shot_threshold: Annotated[float, Field(gt=0)] | None = None  # None: adaptive 3, content 27
 
 
+class Quality(Part):
+    """Which clips are not worth training on; by default every clip is kept.
+
+    `kpmask.data.quality` says how each is measured; a clip's record has the values. A clip is
+    refused where its value is beyond the limit, by the first that is, in this order.
+    """
+
+    # Mean luma, 0 (black) to 1 (white).
+    min_brightness: Fraction = 0.0
+    max_brightness: Fraction = 1.0
+    # Mean change of luma from frame to frame, as a part of its range: a still picture has 0, a
+    # talking head 0.001 to 0.02.
+    min_motion: Fraction = 0.0
+    # The largest such change: below 0.07 while people move, above 0.1 at most cuts.
+    max_jump: Fraction = 1.0
+    # Variance of the Laplacian of 8-bit luma, which grows with detail, noise and size_px: at 256 px
+    # 10 to 30 where a clip is out of focus or enlarged, 100 and more where it is sharp.
+    min_sharpness: Annotated[float, Field(ge=0)] = 0.0
+    # Share of pixels on edges that stay while what is about them moves: a logo has 0.01 and more.
+    max_overlay: Fraction = 1.0
+    # drop: of clips that repeat each other, the first is kept.
+    duplicates: Literal["keep", "drop"] = "keep"
+    # How many of a hash's 64 bits may differ between clips that repeat each other: 0 for equal
+    # ones, 6 finds most that were coded again or cropped by a hundredth, other spans of the same
+    # video have 15 and more. A million clips take half a minute at 6, minutes at 8.
+    max_hash_bits: Annotated[int, Field(ge=0, le=12)] = 6
+
+    @model_validator(mode="after")
+    def _range(self) -> Quality:
+        if self.min_brightness >= self.max_brightness:
+            raise ValueError(
+                f"min_brightness {self.min_brightness:g} is not under "
+                f"max_brightness {self.max_brightness:g}"
+            )
+        return self
+
+
 class Storage(Part):
     """How clips are stored."""
 
     layout: Literal["shards", "folders"] = "shards"
     image_format: Literal["png", "jpeg"] = "png"
     jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 95
-    clips_per_shard: PositiveInt = 64
+    clips_per_shard: PositiveInt = 64  # at most; two thirds of it on average
+    # Older versions of the dataset that stay readable: their manifests and shards are kept.
+    keep_versions: Annotated[int, Field(ge=0)] = 0
 
 
 class PreprocessJob(Part):
@@ -175,6 +215,7 @@ class PreprocessJob(Part):
     clips: Clips = Clips()
     subject: Subject = Subject()
     robonet: RoboNet = RoboNet()
+    quality: Quality = Quality()
     storage: Storage = Storage()
     download: Download = Download()
     retry: Retry = Retry()

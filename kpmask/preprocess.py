@@ -5,8 +5,9 @@
   two decimals (29.97 for 30000/1001), so rates that are equal to that precision are taken as equal.
 - A span with more than `max_frames` frames becomes several clips of about equal length.
 - A video without a table is cut into such clips from its first frame to its last, from the largest
-  square about its centre.
+  square about its centre; or, with `subject.detector`, into the tubes of what is found in it.
 - Frames go to a file as encoded images, one at a time: memory does not grow with a clip's length.
+- Every clip is measured while it is cut (`kpmask.data.quality`); limits do not enter its id.
 - Where the video is damaged or ends early, a clip keeps its good frames if they are `min_frames`
   or more, and says how many are lost.
 """
@@ -26,16 +27,20 @@ from typing import BinaryIO
 
 import numpy as np
 
-from kpmask.config import Clips, MediaLimits, Storage
+from kpmask.config import Clips, MediaLimits, Quality, Storage, Subject
 from kpmask.data.crop import Box, centre_square, crop_box
 from kpmask.data.metadata import clip_name
-from kpmask.errors import ItemError, MediaError
+from kpmask.data.quality import ClipMeter, Measures, check_quality
+from kpmask.data.subjects import Found, find_first, find_tubes, no_subject
+from kpmask.errors import ItemError, MediaError, QualityError
 from kpmask.media.decode import Frame, Span, as_rate, spans
 from kpmask.media.encode import storage_error
 from kpmask.media.images import encode_jpeg, encode_png
 from kpmask.records import ClipPlan, ClipRecord, Failure, SourceRow, VideoProbe, digest
 
-CODE_VERSION = 1  # in every clip id: a change of what is cut makes other clips
+CODE_VERSION = 2  # in every clip id: a change of what is cut makes other clips
+_NO_SUBJECT = Subject()
+_USUAL_LIMITS = MediaLimits()
 _ROUNDED_RATE = 0.005
 _MAX_UNKNOWN_PIECES = 1000
 _CLOSE_S = 0.1  # a clip is closed when the pass is this far behind its end
@@ -54,6 +59,7 @@ class CutClip:
     fps: float
     num_frames_lost: int
     sha256: str
+    measures: Measures
     damage: MediaError | None
 
     def record(self) -> ClipRecord:
@@ -77,6 +83,11 @@ class CutClip:
             clamped=plan.clamped,
             num_frames_lost=self.num_frames_lost,
             sha256=self.sha256,
+            sharpness=self.measures.sharpness,
+            brightness=self.measures.brightness,
+            motion=self.measures.motion,
+            overlay=self.measures.overlay,
+            look=self.measures.look,
         )
 
 
@@ -88,15 +99,35 @@ def plan_clips(
     probe: VideoProbe,
     raw_sha256: str,
     *,
+    path: Path = Path(),
     clips: Clips,
     storage: Storage,
+    subject: Subject = _NO_SUBJECT,
+    limits: MediaLimits = _USUAL_LIMITS,
 ) -> tuple[list[ClipPlan], list[Failure]]:
-    """What to cut from one video, and the rows from which nothing can be."""
+    """What to cut from one video, and the rows from which nothing can be.
+
+    Args:
+        rows: about the video.
+        probe: of it.
+        raw_sha256: its checksum.
+        path: where it is; it is looked at only where a row has no span and `subject` a detector.
+        clips, storage: how clips are made.
+        subject: what to look for.
+        limits: for reading.
+
+    Raises:
+        ConfigError: the subject's detector cannot be had here.
+    """
     plans: list[ClipPlan] = []
     failures: list[Failure] = []
     for row in rows:
         try:
-            pieces = _row_pieces(row, probe, clips)
+            if row.start_frame is None and subject.detector != "none":
+                pieces, losses = _subject_pieces(row, probe, path, clips, subject, limits)
+                failures += losses
+            else:
+                pieces = _row_pieces(row, probe, clips)
         except ItemError as error:
             failures.append(failure_of(row_name(row), "plan", error))
             continue
@@ -121,6 +152,7 @@ def failure_of(item: str, stage: str, error: ItemError) -> Failure:
         cause=cause,
         retryable=error.retryable,
         attempts=1,
+        value=error.value,
     )
 
 
@@ -201,15 +233,22 @@ def _even_edges(start: int, end: int, count: int) -> list[int]:
 
 
 def _whole_video(row: SourceRow, probe: VideoProbe, clips: Clips) -> list[_Piece]:
-    """A video from its first frame to its last."""
-    rate = as_rate(probe.fps)
-    num_frames = _num_frames(probe, clips)
+    """A video from its first frame to its last, from the square about its centre."""
     crop_px = centre_square((probe.width_px, probe.height_px))
     if crop_px[2] - crop_px[0] < clips.min_box_px:
         raise MediaError(
             f"the frame is {probe.width_px}x{probe.height_px} px, under {clips.min_box_px} px",
             code="too_small",
         )
+    return _all_frames(row, probe, clips, crop_px, clamped=False)
+
+
+def _all_frames(
+    row: SourceRow, probe: VideoProbe, clips: Clips, crop_px: Box, *, clamped: bool
+) -> list[_Piece]:
+    """One square of a video from its first frame to its last."""
+    rate = as_rate(probe.fps)
+    num_frames = _num_frames(probe, clips)
     edges = _even_edges(0, num_frames, math.ceil(num_frames / clips.max_frames))
     # The last frames of a variable rate come later than the average rate has it.
     last_s = max(float(num_frames / rate), probe.duration_s or 0.0) + float(1 / rate)
@@ -217,8 +256,66 @@ def _whole_video(row: SourceRow, probe: VideoProbe, clips: Clips) -> list[_Piece
     for start, end in itertools.pairwise(edges):
         number = f"#{start:06d}#{end:06d}" if len(edges) > 2 else ""
         end_s = last_s if end == num_frames else float(end / rate)
-        pieces.append(_Piece(row.video_id + number, float(start / rate), end_s, crop_px, False))
+        pieces.append(_Piece(row.video_id + number, float(start / rate), end_s, crop_px, clamped))
     return pieces
+
+
+def _subject_pieces(
+    row: SourceRow,
+    probe: VideoProbe,
+    path: Path,
+    clips: Clips,
+    subject: Subject,
+    limits: MediaLimits,
+) -> tuple[list[_Piece], list[Failure]]:
+    """The clips of a video's subjects, and what was found and is none.
+
+    Raises:
+        ConfigError: the detector cannot be had here.
+        MediaError: nothing was found, the frame is too small, or the video cannot be read.
+    """
+    shorter_px = min(probe.width_px, probe.height_px)
+    if shorter_px < subject.min_side_px:
+        raise MediaError(
+            f"the frame is {probe.width_px}x{probe.height_px} px, its shorter side under "
+            f"{subject.min_side_px} px",
+            code="too_small",
+            value=shorter_px,
+        )
+    if subject.rule == "first":
+        crop_px, clamped = find_first(path, probe, subject=subject, clips=clips, limits=limits)
+        return _all_frames(row, probe, clips, crop_px, clamped=clamped), []
+    found = find_tubes(path, probe, subject=subject, clips=clips, limits=limits)
+    counts: dict[str, int] = {}
+    pieces = []
+    for tube in found.tubes:
+        number = f"#{tube.start_frame:06d}#{tube.end_frame:06d}"
+        counts[number] = counts.get(number, 0) + 1
+        # Of subjects that are there for the same frames, all but one have a number.
+        turn = f"#{counts[number]}" if counts[number] > 1 else ""
+        name = row.video_id + turn + number
+        pieces.append(_Piece(name, tube.start_s, tube.end_s, tube.crop_px, tube.clamped))
+    return pieces, _subject_losses(row, found)
+
+
+def _subject_losses(row: SourceRow, found: Found) -> list[Failure]:
+    """One failure for each reason why subjects of a video are not cut.
+
+    Raises:
+        MediaError: there was no subject at all.
+    """
+    errors = []
+    for code, (error, count) in sorted(found.refusals.by_code.items()):
+        if code == "too_short" and found.tubes:
+            continue  # passers-by
+        cause = f"{error.cause} (the best of {count})" if count > 1 else error.cause
+        errors.append(MediaError(cause, code=code, hint=error.hint, value=error.value))
+    if found.damage is not None:
+        cause = f"{found.damage.cause}; {len(found.tubes)} subjects are seen for long enough before"
+        errors.append(MediaError(cause, code=found.damage.code))
+    if not errors and not found.tubes:
+        raise no_subject(found.looked_for, found.num_looks, "the video")
+    return [failure_of(row.video_id, "plan", error) for error in errors]
 
 
 def _num_frames(probe: VideoProbe, clips: Clips) -> int:
@@ -243,12 +340,14 @@ class CutSettings:
         limits: for reading the video.
         whole: the plans cover a video as it is: spans that its header promised and that do not
             come are no loss, unless the video is damaged.
+        quality: which clips are refused.
     """
 
     clips: Clips
     storage: Storage
     limits: MediaLimits
     whole: bool
+    quality: Quality = field(default_factory=Quality)
 
 
 def cut_clips(
@@ -285,11 +384,13 @@ def cut_clips(
 def _of_whole(
     results: Iterator[CutClip | Failure], plans: Sequence[ClipPlan]
 ) -> Iterator[CutClip | Failure]:
-    """The results for a video as it is: one failure at most, and none for a short remainder."""
+    """The results for a video as it is: none for a short remainder, and one failure at most of
+    those that are of the video and not of a clip.
+    """
     failures: list[Failure] = []
     any_clip = False
     for result in results:
-        if isinstance(result, Failure):
+        if isinstance(result, Failure) and result.stage != "quality":
             failures.append(result)
         else:
             any_clip = True
@@ -309,9 +410,11 @@ class _Spool:
     ends: list[int] = field(default_factory=list)
     last_s: float = -math.inf
     hash: hashlib._Hash = field(default_factory=hashlib.sha256)
+    meter: ClipMeter = field(default_factory=ClipMeter)
 
     def add(self, frame: Frame, image: bytes) -> None:
         self.hash.update(np.ascontiguousarray(frame.rgb_HWC).data)
+        self.meter.add(frame.rgb_HWC)
         try:
             self.file.write(image)
         except OSError as error:
@@ -388,6 +491,12 @@ class _Cutter:
             if spool is not None:
                 spool.path.unlink()
             return self._too_short(plan, len(spool.ends) if spool else 0, damage)
+        measures = spool.meter.measures()
+        try:
+            check_quality(measures, self._settings.quality)
+        except QualityError as error:
+            spool.path.unlink()
+            return failure_of(plan.name, "quality", error)
         lost = self._num_lost(plan, spool.last_s, damaged=damage is not None) if at_end else 0
         return CutClip(
             plan=plan,
@@ -396,6 +505,7 @@ class _Cutter:
             fps=self._probe.fps,
             num_frames_lost=lost,
             sha256=spool.hash.hexdigest(),
+            measures=measures,
             damage=damage if lost else None,
         )
 
