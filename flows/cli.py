@@ -137,7 +137,7 @@ def preprocess(
             "raw": raw,
             "storage": None if layout is None else {"layout": layout},
             "cluster": _workers(workers),
-            "retry": {"backoff_s": 0, "max_attempts": None} if retry_now else None,
+            "retry": {"backoff_s": 0, "max_attempts": 0} if retry_now else None,
         },
     )
     from flows import jobs
