@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from kpmask.errors import ConfigError
 from kpmask.model_config import SYSTEMS, Fraction, ModelConfig, Part, PositiveInt, Weight
-from kpmask.records import Motion
+from kpmask.records import Motion, Partition
 
 Seconds = Annotated[float, Field(gt=0)]
 
@@ -141,7 +141,7 @@ class Subject(Part):
     # moved inside (and made smaller, where it is larger than the frame).
     border: Literal["refuse", "move"] = "refuse"
     min_iou: Fraction = 0.25  # follow: with the first box
-    min_inside: Fraction = 0.9  # fixed: how much of the subject must stay in the box
+    min_inside: Fraction = 0.8  # fixed: how much of the subject must stay in the box
     alone: bool = True  # it ends where another subject touches its box; VoxCeleb has it off
     max_missed: PositiveInt = 5  # it ends after so many looks in a row that do not find it
     every_s: Seconds | None = None  # between two looks; None: face, motion 0.1, person 0.2
@@ -239,6 +239,44 @@ class PreprocessJob(Part):
         if self.source is not None:
             return self.source
         return "videos" if self.metadata is None else "table"
+
+
+# --- exchange --------------------------------------------------------------------------------
+
+ExchangeForm = Literal["folders", "mp4", "webdataset"]
+
+
+class ExportJob(Part):
+    """Write a dataset's clips as media files that other programs read."""
+
+    data: str
+    out: str
+    form: ExchangeForm
+    partition: Partition | None = None  # None: both splits
+    # Of videos: x264's quality, 0 to 51 and lossy whatever it is (colours at half the resolution);
+    # lossless keeps every pixel, in a form that few browsers play.
+    crf: Annotated[int, Field(ge=0, le=51)] = 18
+    lossless: bool = False
+    media: Literal["frames", "mp4"] = "frames"  # in WebDataset tars
+    max_samples: PositiveInt = 1000  # in a tar
+    max_tar_bytes: PositiveInt = 2**30
+    cluster: Cluster = Cluster()
+    max_failed_fraction: Fraction = 0.5
+
+
+class ImportJob(Part):
+    """Make a dataset of clips that are media files."""
+
+    source: str
+    out: str
+    form: ExchangeForm
+    size_px: PositiveInt | None = None  # None: frames are kept as they are
+    fps: Annotated[float, Field(gt=0, le=1000)] = 25.0  # of pictures that do not say it
+    test_fraction: Fraction = 0.1  # of identities that come without a split
+    storage: Storage = Storage()
+    limits: MediaLimits = MediaLimits()
+    cluster: Cluster = Cluster()
+    max_failed_fraction: Fraction = 0.5
 
 
 # --- train -----------------------------------------------------------------------------------
