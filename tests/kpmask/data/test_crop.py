@@ -29,6 +29,24 @@ def test_scale_has_no_float_error() -> None:
         assert scaled == (3 * left, 3 * left, 3 * left + 3, 3 * left + 3)
 
 
+def test_reference_of_unknown_width_has_the_files_aspect_ratio() -> None:
+    box = (101, 61, 340, 181)
+    for frame in ((640, 360), (1280, 720), (480, 360), (405, 720), (853, 480)):
+        by_height = tuple(edge * frame[1] // 360 for edge in box)
+        assert crop.scale_box(box, from_px=(0, 360), to_px=frame) == by_height
+    # 640 x 360 has the aspect ratio of 1920 x 1080
+    known = crop.scale_box(box, from_px=(640, 360), to_px=(1920, 1080))
+    assert crop.scale_box(box, from_px=(0, 360), to_px=(1920, 1080)) == known
+    got = crop.crop_box(
+        (100, 60, 340, 300), ref_size_px=(0, 360), frame_px=(1280, 720), clips=Clips()
+    )
+    assert got == ((200, 120, 680, 600), False)
+
+
+def test_edges_before_the_frame_are_truncated_too() -> None:
+    assert crop.scale_box((-3, -2, 5, 5), from_px=(2, 2), to_px=(1, 1)) == (-1, -1, 2, 2)
+
+
 def test_grown_square_box_is_20_percent_larger() -> None:
     assert crop.grow_box((100, 200, 200, 300), increase=0.1) == (90, 190, 210, 310)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kpmask.data.layouts import assign_splits, find_sources, frame_key
+from kpmask.data.layouts import assign_splits, find_sources, frame_key, partition_of
 
 
 def test_original_layout() -> None:
@@ -71,3 +71,14 @@ def test_few_identities_fill_both_splits() -> None:
             assert set(splits.values()) == {"train", "test"}
     assert assign_splits(["only"], test_fraction=1.0) == {"only": "train"}
     assert set(assign_splits(["a", "b"], test_fraction=0.0).values()) == {"train"}
+
+
+def test_split_of_one_name_is_that_among_all() -> None:
+    names = [f"id{i}" for i in range(500)]
+    splits = assign_splits(names, test_fraction=0.1)
+    assert {name: partition_of(name, test_fraction=0.1) for name in names} == splits
+
+
+def test_named_identities_decide_alone() -> None:
+    for name, split in (("a", "test"), ("b", "train")):
+        assert partition_of(name, test_identities={"a"}, test_fraction=1.0) == split
