@@ -124,6 +124,8 @@ def preprocess(
         kpmask preprocess --metadata taichi.csv --raw videos --out data/taichi --preset taichi256
 
         kpmask preprocess --videos 'my-videos/*.mp4' --out s3://bucket/mine --set clips.size_px=64
+
+        kpmask preprocess --videos talks --out data/talks --set subject.detector=auto
     """
     resolved = config.resolve_job(
         config.PreprocessJob,

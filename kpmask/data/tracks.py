@@ -171,7 +171,8 @@ class Tracker:
         for index, track in enumerate(tracks):
             match = matches.get(index)
             others = [box for other, box in enumerate(boxes) if other != match]
-            if self._touched(track, others):
+            now_px = track.last_px if match is None else boxes[match]
+            if self._touched(track, now_px, others):
                 tubes += self._closed(track, track.gap[0], "touched")
             elif match is not None:
                 free.discard(match)
@@ -180,9 +181,9 @@ class Tracker:
                 tubes += self._missed(track)
         for index in sorted(free):
             others = [box for other, box in enumerate(boxes) if other != index]
-            track_or_none = self._start(boxes[index], self._now)
-            if track_or_none is not None and not self._touched(track_or_none, others):
-                self._tracks.append(track_or_none)
+            new = self._start(boxes[index], self._now)
+            if new is not None and not self._touched(new, boxes[index], others):
+                self._tracks.append(new)
         return tubes
 
     def cut(self, moment: Moment) -> list[Tube]:
@@ -216,10 +217,15 @@ class Tracker:
                 taken.add(-j)
         return matches
 
-    def _touched(self, track: _Track, others: Sequence[FloatBox]) -> bool:
+    def _touched(self, track: _Track, now_px: FloatBox, others: Sequence[FloatBox]) -> bool:
+        """Whether another subject is in a track's box, or touches its subject, which is in
+        `now_px`.
+        """
         if not self._settings.alone:
             return False
-        return any(intersection(track.box_px, other) > 0 for other in others)
+        return any(
+            intersection(mine, other) > 0 for mine in (track.box_px, now_px) for other in others
+        )
 
     def _missed(self, track: _Track) -> list[Tube]:
         track.num_missed += 1
