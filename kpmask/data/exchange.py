@@ -40,7 +40,7 @@ METADATA = "metadata.csv"
 EXPORT = "export.json"
 MAX_NUMBER = 2**53
 _CHECKSUM = re.compile(r"[0-9a-f]{64}")
-_CLIP_ID = re.compile(r"[0-9a-zA-Z_-]{1,64}")
+_CLIP_ID = re.compile(r"[0-9a-f]{16,64}")
 _PLACE = frozenset({"shard", "row"})  # where a clip lies: the only fields that do not travel
 # What these say is about the frames, and holds as long as they are the same.
 _MEASURED = ("sharpness", "brightness", "motion", "overlay", "look")
@@ -54,12 +54,13 @@ class ExportedClip:
     """A clip's media as exported.
 
     Attributes:
+        key: the clip's `clip_key`.
         file: the file or folder, relative to the export; for `webdataset` the tar.
         num_files, size_bytes: of the clip's own files; for `webdataset` its members in the tar.
         psnr_db: how near the media are to the clip; None where they are the same.
     """
 
-    clip_id: str
+    key: str
     file: str
     num_files: int
     size_bytes: int
@@ -74,6 +75,18 @@ COLUMNS = (
 )
 
 
+_KEY = ("clip_id", "sha256", "name", "partition", "identity")
+
+
+def clip_key(record: ClipRecord) -> str:
+    """What a clip and all that its media are called shape: its id alone does not say the name."""
+    return _key(*(getattr(record, name) for name in _KEY))
+
+
+def _key(*values: str) -> str:
+    return digest(values)[:32]
+
+
 def as_note(record: ClipRecord) -> dict[str, Any]:
     """All of a record but where the clip lies, as JSON values."""
     return {k: v for k, v in as_dict(record).items() if k not in _PLACE}
@@ -86,6 +99,7 @@ def write_rows(path: Path, rows: Iterable[tuple[ClipRecord, ExportedClip]]) -> N
         writer.writeheader()
         for record, exported in rows:
             values = as_note(record) | as_dict(exported)
+            del values["key"]
             values["crop_px"] = "-".join(map(str, record.crop_px))
             values["clamped"] = str(record.clamped).lower()
             writer.writerow(values)
@@ -98,7 +112,7 @@ def read_exported(path: Path) -> Iterator[ExportedClip]:
             try:
                 psnr = cells["psnr_db"]
                 yield ExportedClip(
-                    clip_id=cells["clip_id"],
+                    key=_key(*(cells[name] for name in _KEY)),
                     file=cells["file"],
                     num_files=int(cells["num_files"]),
                     size_bytes=int(cells["size_bytes"]),
