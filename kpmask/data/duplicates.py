@@ -1,0 +1,243 @@
+"""Clips that show the same again, found among a million by their looks.
+
+The rule: two clips repeat each other when the hashes of their mean pictures differ in at most
+`max_bits` bits, and those of their changes in at most `max_bits` bits on average
+(`kpmask.data.quality` says what is hashed). It does not reach through others: of a chain in which
+each repeats only the next, all but the first are found to repeat the one before.
+
+The search is exact. The three changes may differ in T = 3 `max_bits` bits together, so that of
+T + k groups of their bits, k at least are equal (the pigeonhole principle, as in Norouzi et al.,
+"Fast Search in Hamming Space with Multi-Index Hashing", 2012). For every choice of k groups the
+clips are sorted by them and compared where they are equal. So that this is never quadratic where
+clips are alike:
+
+- Equal looks are one look: a million black clips cost as much as one.
+- In a run of clips with equal groups, all are compared with its first, those that do not repeat it
+  with its second, and so on: copies of one clip cost a comparison each.
+- A long run is split again by groups of the mean picture's bits, of which one is equal, too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kpmask.data.quality import LOOK_HASHES, LOOK_LENGTH
+
+_Words = NDArray[np.uint64]
+_Ints = NDArray[np.int64]
+
+_NUM_CHANGES: Final = LOOK_HASHES - 1
+_HASH_BITS: Final = 63  # the highest of the 64 is always 0
+_LONG_RUN: Final = 256
+_FEW: Final = 32
+_MAX_EQUAL: Final = 3  # the largest k
+_KEY_BITS: Final = 32  # beside them lies the clip's number
+_CHUNK: Final = 65_536
+_SORT_COST: Final = 5.0  # of a clip in one table, in comparisons of two clips
+
+
+def near_duplicates(looks: Iterable[str], *, max_bits: int) -> list[int]:
+    """For each clip the number, from 0, of the first clip that it repeats; -1 where that is itself.
+
+    Args:
+        looks: of the clips, in the order of which the first is kept. An empty one repeats none.
+        max_bits: see the rule above; 0 finds equal looks.
+
+    Raises:
+        ValueError: what is no look, or a negative `max_bits`.
+    """
+    if max_bits < 0:
+        raise ValueError(f"max_bits is {max_bits}, and the least is 0")
+    words_NW, numbers, count = _words(looks)
+    first = _first_equal(words_NW)
+    distinct = np.flatnonzero(first == np.arange(len(first)))
+    earliest = first
+    if max_bits:
+        earliest = np.empty_like(first)
+        earliest[distinct] = distinct[_Search(words_NW[distinct], max_bits).run()]
+        earliest = earliest[first]  # what equals a clip repeats the same
+    repeats = np.full(count, -1, np.int64)
+    repeating = earliest < np.arange(len(earliest))
+    repeats[numbers[repeating]] = numbers[earliest[repeating]]
+    return [int(number) for number in repeats]
+
+
+def look_distances(one: str, other: str) -> tuple[int, float]:
+    """In how many bits two looks differ: of the mean pictures, and of the changes on average.
+
+    Raises:
+        ValueError: what is no look.
+    """
+    words_NW, _, _ = _words([one, other])
+    if len(words_NW) < 2:
+        raise ValueError("an empty look has no distance")
+    bits_W = np.bitwise_count(words_NW[0] ^ words_NW[1])
+    return int(bits_W[0]), float(bits_W[1:].mean())
+
+
+# --- looks as numbers ------------------------------------------------------------------------
+
+
+def _words(looks: Iterable[str]) -> tuple[_Words, _Ints, int]:
+    """The looks that are not empty as [N, W] words, their numbers, and how many looks there are."""
+    words: list[_Words] = [np.empty((0, LOOK_HASHES), np.uint64)]
+    numbers: list[_Ints] = [np.empty(0, np.int64)]
+    iterator, count = iter(looks), 0
+    while chunk := list(itertools.islice(iterator, _CHUNK)):
+        known = [i for i, look in enumerate(chunk) if look]
+        words.append(_parsed([chunk[i] for i in known]))
+        numbers.append(np.array(known, np.int64) + count)
+        count += len(chunk)
+    return np.concatenate(words), np.concatenate(numbers), count
+
+
+def _parsed(looks: list[str]) -> _Words:
+    for look in looks:
+        if len(look) != LOOK_LENGTH:
+            raise ValueError(f"{look[:80]!r} is no look: it has {len(look)} digits")
+    data = bytes.fromhex("".join(looks))
+    if len(data) != len(looks) * LOOK_LENGTH // 2:
+        raise ValueError("there are spaces in a look")
+    return np.frombuffer(data, ">u8").reshape(-1, LOOK_HASHES).astype(np.uint64)
+
+
+def _first_equal(words_NW: _Words) -> _Ints:
+    """For each row the first that equals it."""
+    order = np.lexsort(words_NW.T)  # equal rows stay in order
+    differs = (words_NW[order][1:] != words_NW[order][:-1]).any(axis=1)
+    starts = np.flatnonzero(np.concatenate([[True], differs])[: len(order)])
+    first = np.empty(len(order), np.int64)
+    first[order] = np.repeat(order[starts], np.diff(starts, append=len(order)))
+    return first
+
+
+# --- the search ------------------------------------------------------------------------------
+
+
+class _Search:
+    """The earliest clip that each clip repeats, itself where there is none.
+
+    Args:
+        words_NW: looks, no two of them equal.
+        max_bits: at least 1.
+    """
+
+    def __init__(self, words_NW: _Words, max_bits: int) -> None:
+        self._picture = np.ascontiguousarray(words_NW[:, 0])
+        self._changes = [np.ascontiguousarray(words_NW[:, 1 + i]) for i in range(_NUM_CHANGES)]
+        self._max_bits = max_bits
+        self._earliest = np.arange(len(words_NW))
+
+    def run(self) -> _Ints:
+        count = len(self._earliest)
+        num_equal, num_groups = _best_groups(count, _NUM_CHANGES * self._max_bits)
+        codes, width = _codes(self._changes, num_groups, most=_KEY_BITS // num_equal)
+        everyone = np.arange(count)
+        for chosen in itertools.combinations(codes, num_equal):
+            key = np.zeros(count, np.uint64)
+            for code in chosen:
+                key = key << np.uint64(width) | code
+            self._search(everyone, key, split=True)
+        return self._earliest
+
+    def _search(self, clips: _Ints, key: _Words, *, split: bool) -> None:
+        """Compare clips where their keys, of up to `_KEY_BITS` bits, are equal."""
+        packed = key << np.uint64(_KEY_BITS) | clips.astype(np.uint64)
+        packed.sort()
+        ordered = (packed & np.uint64(2**_KEY_BITS - 1)).astype(np.int64)
+        differs = np.diff(packed >> np.uint64(_KEY_BITS)) != 0
+        starts = np.flatnonzero(np.concatenate([[True], differs])[: len(ordered)])
+        lengths = np.diff(starts, append=len(ordered))
+        start_of = np.repeat(starts, lengths)
+        left = np.flatnonzero(start_of < np.arange(len(ordered)))
+        is_long = (lengths > _LONG_RUN) & split
+        in_long = np.repeat(is_long, lengths)
+        self._compare(ordered, left[~in_long[left]], start_of)
+        if not is_long.any():
+            return
+        left = left[in_long[left]]
+        left = self._compare(ordered, left, start_of, stop=_FEW)
+        # To split costs about as much as `_FEW` comparisons of every clip with another.
+        if (left - start_of[left]).sum() <= _FEW * in_long.sum():
+            self._compare(ordered, left, start_of + _FEW)
+        else:
+            run_of = np.repeat(np.cumsum(is_long) - 1, lengths)
+            self._split(ordered[in_long], run_of[in_long].astype(np.uint64))
+
+    def _split(self, clips: _Ints, run_of: _Words) -> None:
+        """Compare clips of the same run where a group of their mean pictures' bits is equal."""
+        free_bits = _KEY_BITS - int(run_of[-1]).bit_length()
+        codes, width = _codes([self._picture[clips]], self._max_bits + 1, most=free_bits)
+        for code in codes:
+            self._search(clips, run_of << np.uint64(width) | code, split=False)
+
+    def _compare(
+        self, ordered: _Ints, left: _Ints, start_of: _Ints, *, stop: int | None = None
+    ) -> _Ints:
+        """Compare the clips at the places `left` with those from `start_of` on, which are in order.
+
+        Returns:
+            The places that are left after `stop` others, if that is given.
+        """
+        others = start_of[left]
+        worth = others < left
+        worth[worth] = ordered[others[worth]] < self._earliest[ordered[left[worth]]]
+        left, others = left[worth], others[worth]
+        while len(left) and stop != 0:
+            clips, earlier = ordered[left], ordered[others]
+            found = self._repeats(clips, earlier)
+            self._earliest[clips[found]] = np.minimum(self._earliest[clips[found]], earlier[found])
+            others += 1
+            still = others < left
+            still[found] = False  # what comes later in a run is later
+            left, others = left[still], others[still]
+            stop = None if stop is None else stop - 1
+        return left
+
+    def _repeats(self, clips: _Ints, others: _Ints) -> _Ints:
+        """Where clips[i] repeats others[i]."""
+        bits = np.bitwise_count(self._changes[0][clips] ^ self._changes[0][others])
+        near = np.flatnonzero(bits <= _NUM_CHANGES * self._max_bits)
+        total = bits[near].astype(np.int64)
+        for change in self._changes[1:]:
+            total += np.bitwise_count(change[clips[near]] ^ change[others[near]])
+        near = near[total <= _NUM_CHANGES * self._max_bits]
+        bits = np.bitwise_count(self._picture[clips[near]] ^ self._picture[others[near]])
+        return near[bits <= self._max_bits]
+
+
+def _best_groups(count: int, max_bits: int) -> tuple[int, int]:
+    """How many groups are to be equal, of how many, so that random looks take the least time."""
+
+    def cost(num_equal: int) -> float:
+        num_groups = max_bits + num_equal
+        key_bits = min(_NUM_CHANGES * _HASH_BITS // num_groups * num_equal, _KEY_BITS)
+        return math.comb(num_groups, num_equal) * (_SORT_COST + count / 2**key_bits / 2)
+
+    num_equal = min(range(1, _MAX_EQUAL + 1), key=cost)
+    return num_equal, max_bits + num_equal
+
+
+def _codes(words: list[_Words], num_groups: int, *, most: int) -> tuple[list[_Words], int]:
+    """Groups of the words' bits as numbers, and how many bits the numbers have, at most `most`.
+
+    Frequencies beside each other say much the same, so that bits are drawn for the groups.
+    """
+    drawn = np.random.default_rng(0).permutation(len(words) * _HASH_BITS)
+    width = max(1, min(len(drawn) // num_groups, most))
+    codes = []
+    for group in range(num_groups):
+        code = np.zeros(len(words[0]), np.uint32)
+        for bit in drawn[group::num_groups][:width]:
+            word, place = divmod(int(bit), _HASH_BITS)
+            code = code << np.uint32(1) | (words[word] >> np.uint64(place) & np.uint64(1)).astype(
+                np.uint32
+            )
+        codes.append(code if width > 16 else code.astype(np.uint16))
+    return codes, width
