@@ -231,7 +231,7 @@ class PersonDetector:
         """See `Detector`; scores are distances from the classifier's plane, about 0 to 3."""
         with one_thread():
             boxes, scores = self._hog.detectMultiScale(
-                cv2.cvtColor(frame_HWC, cv2.COLOR_RGB2GRAY),
+                self._at_least_a_window(cv2.cvtColor(frame_HWC, cv2.COLOR_RGB2GRAY)),
                 hitThreshold=0.0,
                 winStride=(8, 8),
                 padding=(16, 16),
@@ -245,6 +245,14 @@ class PersonDetector:
             left_px, top_px, right_px, bottom_px = map(float, box)
             found.append(Detection((left_px, top_px, right_px, bottom_px), float(score)))
         return _distinct(found)
+
+    def _at_least_a_window(self, image_HW: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """A picture with room for one window: OpenCV's search reads past one without."""
+        height_px, width_px = image_HW.shape
+        below, beside = max(0, 128 - height_px), max(0, 64 - width_px)
+        if not below and not beside:
+            return image_HW
+        return cv2.copyMakeBorder(image_HW, 0, below, 0, beside, cv2.BORDER_REPLICATE)
 
 
 # --- what moves ------------------------------------------------------------------------------
