@@ -7,7 +7,9 @@
 - Everything shown is escaped: names come from file names and tables that strangers wrote.
 - Pages are bounded: beyond `limit` rows the page says how many there are and where.
 
-    dataset_page     contact sheet, counts, identities, failures
+    dataset_page     contact sheet that plays, histograms, identities, failures, search
+    DatasetSummary   what it needs, gathered from records that come one by one
+    preview_strip    the picture of a clip on it; contact_sheet: of many clips in one
     run_page         loss curve, phases, samples, settings
     gallery_page     source, driving and result side by side, playing
     evaluation_page  methods x metrics, plots, scores of each video
@@ -21,27 +23,40 @@
 from __future__ import annotations
 
 from kpmask.report.comparison import Curve, Strip, comparison_curves_svg, comparison_page
-from kpmask.report.dataset import dataset_page
+from kpmask.report.dataset import DatasetSummary, dataset_page
 from kpmask.report.demo import Command, Link, demo_page
 from kpmask.report.evaluation import evaluation_page
 from kpmask.report.gallery import GalleryMedia, gallery_page
 from kpmask.report.page import picture_uri, relative_url
+from kpmask.report.previews import (
+    PREVIEW_FRAMES,
+    contact_sheet,
+    preview_frame_numbers,
+    preview_key,
+    preview_strip,
+)
 from kpmask.report.run import loss_curve_svg, run_page, validation_curve_svg
 
 __all__ = [
+    "PREVIEW_FRAMES",
     "Command",
     "Curve",
+    "DatasetSummary",
     "GalleryMedia",
     "Link",
     "Strip",
     "comparison_curves_svg",
     "comparison_page",
+    "contact_sheet",
     "dataset_page",
     "demo_page",
     "evaluation_page",
     "gallery_page",
     "loss_curve_svg",
     "picture_uri",
+    "preview_frame_numbers",
+    "preview_key",
+    "preview_strip",
     "relative_url",
     "run_page",
     "validation_curve_svg",

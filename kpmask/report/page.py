@@ -133,9 +133,12 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
+    """`share` of the longest bar's length; `second` of the bar is of another kind."""
+
     label: str
     share: float
     text: str
+    second: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

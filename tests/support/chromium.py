@@ -34,6 +34,19 @@ LAUNCH = (
     "os.dup2(read, 3); os.dup2(write, 4); os.closerange(5, 32); os.execv(sys.argv[3], sys.argv[3:])"
 )
 
+# Virtual key codes of keys that type nothing, and of Enter.
+KEYS = {
+    "Tab": 9,
+    "Enter": 13,
+    "Escape": 27,
+    "End": 35,
+    "Home": 36,
+    "ArrowLeft": 37,
+    "ArrowUp": 38,
+    "ArrowRight": 39,
+    "ArrowDown": 40,
+}
+
 
 def find_chromium() -> str | None:
     """The browser's program, or None."""
@@ -170,10 +183,17 @@ class Chromium:
                 raise TimeoutError(expression)
             time.sleep(0.05)
 
+    def point(self, selector: str | None) -> None:
+        """Move the mouse to the middle of an element that is on the screen, or to the corner."""
+        at = [0, 0]
+        if selector is not None:
+            box = f"document.querySelector({json.dumps(selector)}).getBoundingClientRect()"
+            at = self.evaluate(f"(b => [b.x + b.width / 2, b.y + b.height / 2])({box})")
+        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=at[0], y=at[1])
+
     def press(self, key: str) -> None:
-        """Press and release a key that types itself, or Tab, or Enter."""
-        codes = {"Tab": 9, "Enter": 13}
-        text = {"Enter": "\r", "Tab": ""}.get(key, key)
-        common = {"key": key, "windowsVirtualKeyCode": codes.get(key, ord(key[0]))}
+        """Press and release a key that types itself, or one of KEYS."""
+        text = "\r" if key == "Enter" else "" if key in KEYS else key
+        common = {"key": key, "windowsVirtualKeyCode": KEYS.get(key, ord(key[0]))}
         self.call("Input.dispatchKeyEvent", type="keyDown", text=text, **common)
         self.call("Input.dispatchKeyEvent", type="keyUp", **common)
