@@ -187,5 +187,7 @@ class Histogram:
 
 def _round_up(width: float) -> int:
     """The next of 1, 2, 5, 10, 20, 50 …"""
-    power = 10 ** max(0, math.floor(math.log10(max(width, 1.0))))
+    power = 1
+    while 10 * power < width:
+        power *= 10
     return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= width)
