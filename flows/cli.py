@@ -13,9 +13,10 @@ import typer
 
 import kpmask
 from flows import console
+from flows.dataset_cli import app as dataset_app
+from flows.options import AsJson, DryRun, JobFile, Out, Overrides, Preset, say_plan
 from kpmask import config
 from kpmask.errors import ConfigError
-from kpmask.model_config import Part
 
 app = typer.Typer(
     cls=console.GuardedGroup,
@@ -48,43 +49,7 @@ def root(
 
 checkpoint_app = typer.Typer(no_args_is_help=True, help="Look at weights, or import original ones.")
 app.add_typer(checkpoint_app, name="checkpoint")
-
-Out = Annotated[str, typer.Option("--out", help="Folder or s3://bucket/prefix for the output.")]
-Preset = Annotated[
-    str | None, typer.Option("--preset", help="A preset's name, or the path of a TOML file.")
-]
-JobFile = Annotated[
-    str | None, typer.Option("--job", help="A TOML file with settings, over the preset's.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override one setting; may be repeated."),
-]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Print the resolved job and what would be done.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-
-
-def _say_plan(job: Part, plan: list[str], *, as_json: bool) -> None:
-    """The answer to --dry-run: the job as resolved, and what would be done."""
-    import tomli_w
-
-    resolved = job.model_dump(mode="json", exclude={"download": {"cookies_file", "proxy"}})
-    console.show(
-        {"job": resolved, "plan": plan},
-        as_json=as_json,
-        lines=[tomli_w.dumps(_without_none(resolved)), *(f"# {line}" for line in plan)],
-    )
-
-
-def _without_none(value: Any) -> Any:  # noqa: ANN401 - plain data
-    """TOML has no null: leave out what is not set."""
-    if isinstance(value, dict):
-        return {k: _without_none(v) for k, v in value.items() if v is not None}
-    if isinstance(value, list):
-        return [_without_none(v) for v in value]
-    return value
+app.add_typer(dataset_app, name="dataset")
 
 
 def _workers(count: int | None) -> dict[str, Any] | None:
@@ -145,7 +110,7 @@ def preprocess(
     from flows import jobs
 
     if dry_run:
-        _say_plan(resolved, jobs.plan_preprocess(resolved), as_json=as_json)
+        say_plan(resolved, jobs.plan_preprocess(resolved), as_json=as_json)
         return
     manifest = jobs.run_preprocess(resolved, quiet=as_json)
     lines = [
@@ -201,7 +166,7 @@ def train(
     from flows import jobs
 
     if dry_run:
-        _say_plan(resolved, jobs.plan_train(resolved), as_json=as_json)
+        say_plan(resolved, jobs.plan_train(resolved), as_json=as_json)
         return
     manifest = jobs.run_train(resolved, quiet=as_json)
     lines = [
@@ -277,7 +242,7 @@ def animate(
     from flows import jobs
 
     if dry_run:
-        _say_plan(resolved, jobs.plan_animate(resolved), as_json=as_json)
+        say_plan(resolved, jobs.plan_animate(resolved), as_json=as_json)
         return
     if resolved.source is not None:
         video = jobs.run_animate_pair(resolved, quiet=as_json)
@@ -342,7 +307,7 @@ def evaluate(
     from flows import jobs
 
     if dry_run:
-        _say_plan(resolved, list(resolved.metrics), as_json=as_json)
+        say_plan(resolved, list(resolved.metrics), as_json=as_json)
         return
     scores = jobs.run_evaluate(resolved, quiet=as_json)
     console.show(jobs.as_result(scores), as_json=as_json, lines=jobs.score_lines(scores))
@@ -399,7 +364,7 @@ def compare(
     from flows import jobs
 
     if dry_run:
-        _say_plan(resolved, jobs.plan_compare(resolved), as_json=as_json)
+        say_plan(resolved, jobs.plan_compare(resolved), as_json=as_json)
         return
     comparison = jobs.run_compare(resolved, quiet=as_json)
     console.show(

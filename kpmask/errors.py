@@ -113,6 +113,7 @@ class MediaError(ItemError):
             "leaves_frame",
             "encode_failed",
             "ffmpeg_failed",
+            "foreign_file",
         }
     )
     default_code = "not_media"

@@ -302,7 +302,7 @@ class _Export:
         if not done:
             raise RunFailed("not one clip to export", code="no_output")
         manifest = self._summary(done, tars)
-        if said is None or said != self._described(manifest, tars):
+        if said != self._described(manifest, tars) or not self._out.exists(EXPORT):
             self._publish(manifest, done, tars, files)
         self._tidy()
         return manifest

@@ -140,8 +140,9 @@ class Verified:
     """What was found.
 
     Attributes:
-        num_hashed: clips whose pixels have the checksum of their record. The others are JPEG, of
-            which it is known that they decode, their size and their number.
+        num_checked: clips that are what their record says.
+        num_hashed: those of them whose pixels have the checksum of their record. The others are
+            JPEG, of which it is known that they decode, their size and their number.
         problems: a row each; none where the dataset is whole.
         leftovers: files beside the clips that no record names: a run was killed while it tidied
             up. They do no harm.
@@ -150,6 +151,7 @@ class Verified:
     uri: str
     num_clips: int
     num_frames: int
+    num_checked: int
     num_hashed: int
     problems: tuple[Failure, ...]
     leftovers: tuple[str, ...]
@@ -160,6 +162,7 @@ class CheckedShard:
     """What a worker found in a shard."""
 
     num_frames: int
+    num_checked: int
     num_hashed: int
     problems: tuple[Failure, ...]
 
@@ -179,7 +182,7 @@ class ShardChecker:
         """
         if in_shard(clips[0]):
             open_shard(clips[0].shard, self._fetch)
-        num_frames = num_hashed = 0
+        num_frames = num_checked = num_hashed = 0
         problems = []
         for clip in clips:
             try:
@@ -188,8 +191,9 @@ class ShardChecker:
                 problems.append(failure_of(clip.name, STAGE, error))
                 continue
             num_frames += checked.num_frames
+            num_checked += 1
             num_hashed += checked.hashed
-        return CheckedShard(num_frames, num_hashed, tuple(problems))
+        return CheckedShard(num_frames, num_checked, num_hashed, tuple(problems))
 
 
 def verify_dataset(
@@ -204,7 +208,7 @@ def verify_dataset(
     uri = absolute(uri)  # workers may be elsewhere
     store, manifest, stats = open_manifest(uri)
     counts, shards, problems = _check_tables(store, manifest, stats)
-    num_frames = num_hashed = 0
+    num_frames = num_checked = num_hashed = 0
     with ray_session():
         outcomes = run_items(
             by_shard(stream_manifest(manifest)),
@@ -221,12 +225,14 @@ def verify_dataset(
                 problems.append(_of_shard(outcome.failure, outcome.item))
             elif outcome.result is not None:
                 num_frames += outcome.result.num_frames
+                num_checked += outcome.result.num_checked
                 num_hashed += outcome.result.num_hashed
                 problems += outcome.result.problems
     return Verified(
         uri=store.uri,
         num_clips=sum(split.num_clips for split in counts.splits()),
         num_frames=num_frames,
+        num_checked=num_checked,
         num_hashed=num_hashed,
         problems=tuple(sorted(problems, key=lambda problem: (problem.item, problem.code))),
         leftovers=tuple(shards.leftovers(store)),

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from kpmask.config import MediaLimits, Storage
 from kpmask.data.crop import Box, centre_square
 from kpmask.data.metadata import checked_name
+from kpmask.data.quality import ClipMeter
 from kpmask.data.stored import Fetch, stored_frames
 from kpmask.errors import ConfigError, IntegrityError, MediaError, RowError
 from kpmask.media.decode import frames
@@ -42,7 +43,12 @@ MAX_NUMBER = 2**53
 _CHECKSUM = re.compile(r"[0-9a-f]{64}")
 _CLIP_ID = re.compile(r"[0-9a-f]{16,64}")
 _PLACE = frozenset({"shard", "row"})  # where a clip lies: the only fields that do not travel
-# What these say is about the frames, and holds as long as they are the same.
+# What a note says of a clip whatever its frames are by now.
+_TOLD = (
+    *("partition", "identity", "video_id", "fps", "start_s", "end_s", "crop_px", "clamped"),
+    "num_frames_lost",
+)
+# What it says about the frames themselves, and what holds as long as they are the same.
 _MEASURED = ("sharpness", "brightness", "motion", "overlay", "look")
 
 
@@ -343,42 +349,61 @@ def import_clip(source: ClipSource, *, settings: ImportSettings, images: Path) -
     name = checked_name(note.name if note else source.name, what="the name")
     facts = probe(source.path, settings.limits, fps=source.fps or settings.fps)
     crop_px, size_px = _geometry(facts, note, settings)
-    checksum = hashlib.sha256()
-    ends: list[int] = []
-    shape = (0, 0)
     read = frames(source.path, settings.limits, crop_px=crop_px, size_px=size_px, fps=facts.fps)
+    spool = _Spool(settings.storage)
     try:
         with images.open("wb") as file:
             for frame in read:
-                checksum.update(np.ascontiguousarray(frame.rgb_HWC).data)
-                data = _encoded(frame.rgb_HWC, settings.storage)
-                file.write(data)
-                ends.append((ends[-1] if ends else 0) + len(data))
-                shape = frame.rgb_HWC.shape[:2]
+                file.write(spool.taken(frame.rgb_HWC))
     except OSError as error:
         raise storage_error(error, images) from error
-    _check_length(len(ends), note)
+    num_frames = len(spool.ends)
+    _check_length(num_frames, note)
+    measures = spool.meter.measures()
     made = ClipRecord(
         clip_id="",
         name=name,
-        partition=(note.partition if note else source.partition) or "train",
+        partition=source.partition or "train",
         identity=note.identity if note else checked_name(source.identity, what="the identity"),
-        video_id=note.video_id if note else name,
+        video_id=name,
         shard="",
         row=0,
-        num_frames=len(ends),
-        fps=note.fps if note else facts.fps,
-        width_px=shape[1],
-        height_px=shape[0],
-        start_s=note.start_s if note else 0.0,
-        end_s=note.end_s if note else len(ends) / facts.fps,
-        crop_px=note.crop_px if note else crop_px or (0, 0, facts.width_px, facts.height_px),
-        clamped=note.clamped if note else False,
-        num_frames_lost=note.num_frames_lost if note else 0,
-        sha256=checksum.hexdigest(),
+        num_frames=num_frames,
+        fps=facts.fps,
+        width_px=spool.shape[1],
+        height_px=spool.shape[0],
+        start_s=0.0,
+        end_s=num_frames / facts.fps,
+        crop_px=crop_px or (0, 0, facts.width_px, facts.height_px),
+        clamped=False,
+        num_frames_lost=0,
+        sha256=spool.checksum.hexdigest(),
+        **{what: getattr(measures, what) for what in _MEASURED},
     )
+    if note is not None:
+        made = dataclasses.replace(made, **{what: getattr(note, what) for what in _TOLD})
     record = _identified(made, note, settings.storage)
-    return ImportedClip(record, bool(note or source.partition), tuple(ends))
+    return ImportedClip(record, bool(note or source.partition), tuple(spool.ends))
+
+
+class _Spool:
+    """A clip's frames as they are read: encoded, and measured."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self.checksum = hashlib.sha256()
+        self.meter = ClipMeter()
+        self.ends: list[int] = []
+        self.shape: tuple[int, ...] = ()
+
+    def taken(self, frame_HWC: NDArray[np.uint8]) -> bytes:
+        """The next frame as an image."""
+        self.checksum.update(np.ascontiguousarray(frame_HWC).data)
+        self.meter.add(frame_HWC)
+        self.shape = frame_HWC.shape
+        data = _encoded(frame_HWC, self._storage)
+        self.ends.append((self.ends[-1] if self.ends else 0) + len(data))
+        return data
 
 
 def _geometry(

@@ -191,7 +191,7 @@ def read_samples(
         raise storage_error(error, folder) from error
     for suffix, count in sorted(foreign.items()):
         cause = f"{count} files are neither pictures, videos nor JSON, and are passed over"
-        yield _failure(f"{subject}:*{suffix}", MediaError(cause, code="not_media"))
+        yield _failure(f"{subject}:*{suffix}", MediaError(cause, code="foreign_file"))
 
 
 class _Bounded(io.RawIOBase):
