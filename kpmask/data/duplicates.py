@@ -31,6 +31,7 @@ from kpmask.data.quality import LOOK_HASHES, LOOK_LENGTH
 
 _Words = NDArray[np.uint64]
 _Ints = NDArray[np.int64]
+_Code = NDArray[np.uint16 | np.uint32]
 
 _NUM_CHANGES: Final = LOOK_HASHES - 1
 _HASH_BITS: Final = 63  # the highest of the 64 is always 0
@@ -209,7 +210,8 @@ class _Search:
             total += np.bitwise_count(change[clips[near]] ^ change[others[near]])
         near = near[total <= _NUM_CHANGES * self._max_bits]
         bits = np.bitwise_count(self._picture[clips[near]] ^ self._picture[others[near]])
-        return near[bits <= self._max_bits]
+        close: _Ints = near[bits <= self._max_bits]
+        return close
 
 
 def _best_groups(count: int, max_bits: int) -> tuple[int, int]:
@@ -218,20 +220,21 @@ def _best_groups(count: int, max_bits: int) -> tuple[int, int]:
     def cost(num_equal: int) -> float:
         num_groups = max_bits + num_equal
         key_bits = min(_NUM_CHANGES * _HASH_BITS // num_groups * num_equal, _KEY_BITS)
-        return math.comb(num_groups, num_equal) * (_SORT_COST + count / 2**key_bits / 2)
+        run_length = count / 2.0**key_bits
+        return math.comb(num_groups, num_equal) * (_SORT_COST + run_length / 2)
 
     num_equal = min(range(1, _MAX_EQUAL + 1), key=cost)
     return num_equal, max_bits + num_equal
 
 
-def _codes(words: list[_Words], num_groups: int, *, most: int) -> tuple[list[_Words], int]:
+def _codes(words: list[_Words], num_groups: int, *, most: int) -> tuple[list[_Code], int]:
     """Groups of the words' bits as numbers, and how many bits the numbers have, at most `most`.
 
     Frequencies beside each other say much the same, so that bits are drawn for the groups.
     """
     drawn = np.random.default_rng(0).permutation(len(words) * _HASH_BITS)
     width = max(1, min(len(drawn) // num_groups, most))
-    codes = []
+    codes: list[_Code] = []
     for group in range(num_groups):
         code = np.zeros(len(words[0]), np.uint32)
         for bit in drawn[group::num_groups][:width]:
