@@ -10,14 +10,17 @@ from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath
 from typing import Any, Final
 
+from kpmask.data.dataset import CHANGES, FAILURES, MANIFEST, STATS
 from kpmask.errors import StorageError
 from kpmask.records import (
     AnimationRecord,
     CatalogManifest,
+    ClipRecord,
     ComparedRow,
     ComparedRun,
     ComparedValue,
     Comparison,
+    DatasetChanges,
     DatasetManifest,
     Failure,
     MetricInfo,
@@ -27,18 +30,22 @@ from kpmask.records import (
     StepMetrics,
     VideoScore,
 )
-from kpmask.report import dataset_page
+from kpmask.report import DatasetSummary, dataset_page, preview_key
+from kpmask.report.previews import PREVIEWS
 from tasks import train_folder
 from tasks.animate import gallery
 from tasks.compare import page as compared_page
-from tasks.dataset import NUM_THUMBNAILS, open_dataset, thumbnails
 from tasks.evaluate import scores_page
-from tasks.manifest import read_json, read_table, read_table_if_any
+from tasks.manifest import (
+    iter_table,
+    iter_table_if_any,
+    read_json,
+    read_table,
+    read_table_if_any,
+)
 from tasks.storage import ObjectStore, open_store
 
 PAGE: Final = "index.html"
-MANIFEST: Final = "manifest.parquet"
-FAILURES: Final = "failures.parquet"
 SUMMARY: Final = "summary.json"
 COMPARISON: Final = "comparison.json"
 
@@ -67,14 +74,20 @@ def _failures(store: ObjectStore) -> list[Failure]:
 
 
 def _dataset(store: ObjectStore) -> str:
-    dataset = open_dataset(store.uri)
+    summary = DatasetSummary()
+    for clip in iter_table(store, MANIFEST, ClipRecord):
+        summary.add(clip)
+    for failure in iter_table_if_any(store, FAILURES, Failure):
+        summary.add_failure(failure)
+    there = {info.key for info in store.list(f"{PREVIEWS}/")}
+    previews = {clip.clip_id: preview_key(clip.clip_id) for clip in summary.shown}
+    changes = store.exists(CHANGES)
     return dataset_page(
         title=PurePosixPath(store.uri).name,
-        manifest=DatasetManifest(**read_json(store, "stats.json")),
-        clips=dataset.records,
-        failures=_failures(store),
-        thumbnails=thumbnails(dataset),
-        limit=NUM_THUMBNAILS,
+        manifest=DatasetManifest(**read_json(store, STATS)),
+        summary=summary,
+        changes=DatasetChanges(**read_json(store, CHANGES)) if changes else None,
+        previews={clip_id: key for clip_id, key in previews.items() if key in there},
     )
 
 
@@ -120,7 +133,7 @@ def _catalog(store: ObjectStore) -> str:
 
 # By a file that only this kind has; a catalog's come last, since others have such tables too.
 PAGES: Final[Mapping[str, Callable[[ObjectStore], str]]] = {
-    "stats.json": _dataset,
+    STATS: _dataset,
     train_folder.RUN: _run,
     COMPARISON: _comparison,
     "scores.parquet": _scores,

@@ -436,9 +436,9 @@ def _charts(summary: DatasetSummary) -> list[Chart]:
     ]
     if measures.motion.num_values:
         charts += [
-            _chart("Motion", measures.motion),
-            _chart("Sharpness", measures.sharpness),
-            _chart("Brightness", measures.brightness),
+            _chart("Motion", measures.motion, "change of luma from frame to frame, 0 to 1"),
+            _chart("Sharpness", measures.sharpness, "variance of the Laplacian"),
+            _chart("Brightness", measures.brightness, "mean luma, 0 to 1"),
         ]
     of_identity = Histogram()
     for row in summary.identity_rows():
