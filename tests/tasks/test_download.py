@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import gc
-import http.server
 import socket
-import threading
+import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,124 +14,17 @@ import pytest
 from kpmask.config import Download, MediaLimits, PreprocessJob, validated
 from kpmask.errors import ConfigError, DownloadError
 from kpmask.media.encode import encode
-from tasks import download as module
+from tasks import hosts, page_download
 from tasks.dataset import open_dataset
-from tasks.download import check_url, fetch, video_url
+from tasks.download import fetch, video_url
+from tasks.hosts import check_url
 from tasks.preprocess import preprocess
+from tests.support.hosts import Server, serving
 
 LIMITS = MediaLimits()
 
 # yt-dlp leaves the connection of a download that it breaks off to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """`requests` holds (method, path, Range, Cookie) of each request."""
-
-    daemon_threads = True
-
-    def __init__(self, video: bytes) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.video = video
-        self.requests: list[tuple[str, str, str | None, str | None]] = []
-        self.counts: Counter[str] = Counter()
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        self.stopping = threading.Event()
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    server: Server
-
-    def log_message(self, *args: object) -> None: ...
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        path = self.path.split("?")[0]
-        self.server.counts[path] += 1
-        headers = self.headers
-        self.server.requests.append((self.command, path, headers["Range"], headers["Cookie"]))
-        getattr(self, path.strip("/").split(".")[0].replace("-", "_"), self.missing)()
-
-    def reply(
-        self, status: int, body: bytes = b"", kind: str = "video/mp4", **headers: object
-    ) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        for name, value in ({"Content_Length": len(body)} | headers).items():
-            if value is not None:
-                self.send_header(name.replace("_", "-"), str(value))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def ok(self) -> None:
-        video, asked = self.server.video, self.headers["Range"]
-        if not asked:
-            self.reply(200, video, Accept_Ranges="bytes")
-            return
-        first, _, last = asked.removeprefix("bytes=").partition("-")
-        part = video[int(first) : int(last) + 1 if last else len(video)]
-        end = int(first) + len(part) - 1
-        self.reply(206, part, Content_Range=f"bytes {first}-{end}/{len(video)}")
-
-    def moved(self) -> None:
-        self.reply(302, Location="/ok.mp4")
-
-    def missing(self) -> None:
-        self.reply(404, b"no", "text/html")
-
-    def denied(self) -> None:
-        self.reply(403, b"no", "text/html")
-
-    def busy(self) -> None:
-        self.reply(429, b"slow down", "text/html")
-
-    def flaky(self) -> None:
-        statuses = {1: 503, 2: 429}
-        status = statuses.get(self.server.counts["/flaky.mp4"])
-        if status:
-            self.reply(status, b"later", "text/html")
-        else:
-            self.ok()
-
-    def cut(self) -> None:
-        """Half of what is announced; all of it from the fifth request on."""
-        if self.server.counts["/cut.mp4"] > 4:
-            self.ok()
-            return
-        half = self.server.video[: len(self.server.video) // 2]
-        self.reply(200, half, Content_Length=len(self.server.video), Accept_Ranges="bytes")
-        self.close_connection = True
-
-    def always_cut(self) -> None:
-        half = self.server.video[: len(self.server.video) // 2]
-        self.reply(200, half, Content_Length=len(self.server.video))
-        self.close_connection = True
-
-    def page(self) -> None:
-        self.reply(200, b"<html><body>Accept our cookies</body></html>", "text/html")
-
-    def empty(self) -> None:
-        self.reply(200)
-
-    def liar(self) -> None:
-        self.reply(200, b"<html>no video at all</html>")
-
-    def hang(self) -> None:
-        self.reply(200, b"x" * 100, Content_Length=10_000)
-        self.server.stopping.wait(20)
-
-    def endless(self) -> None:
-        self.reply(200, self.server.video * 20, Content_Length=None)
-        self.close_connection = True
-
-    def to_private(self) -> None:
-        self.reply(302, Location=f"{self.server.url}/ok.mp4")
-
-    def to_ftp(self) -> None:
-        self.reply(302, Location="ftp://ftp.example.org/x.mp4")
 
 
 @pytest.fixture(scope="module")
@@ -147,14 +37,14 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @pytest.fixture
 def server(video: bytes) -> Iterator[Server]:
-    with Server(video) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
+    with serving(video) as server:
         yield server
-        server.stopping.set()
-        server.shutdown()
-        thread.join()
-    gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def _own_places(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other process on this machine takes a place, or pauses a host, of ours."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("places")))
 
 
 def settings(**changes: object) -> Download:
@@ -220,11 +110,12 @@ def test_lost_connection_is_resumed(server: Server, video: bytes, tmp_path: Path
 
 
 def test_partial_file_serves_the_next_run(server: Server, video: bytes, tmp_path: Path) -> None:
-    assert code_of(server.url + "/always_cut.mp4", tmp_path, max_attempts=1) == "network"
+    assert code_of(server.url + "/cut.mp4", tmp_path, max_attempts=1) == "network"
     (partial,) = tmp_path.glob("*.part")
     assert partial.stat().st_size == len(video) // 2
-    assert get(server.url + "/ok.mp4", tmp_path).read_bytes() == video
-    assert ("GET", "/ok.mp4", f"bytes={len(video) // 2}-", None) in server.requests
+    server.counts["/cut.mp4"] = 9
+    assert get(server.url + "/cut.mp4?signed=again", tmp_path).read_bytes() == video
+    assert ("GET", "/cut.mp4", f"bytes={len(video) // 2}-", None) in server.requests
 
 
 def test_hanging_server_is_left(server: Server, tmp_path: Path) -> None:
@@ -267,6 +158,7 @@ def test_nobody_listens(tmp_path: Path) -> None:
         "http://[fd00::1]/x.mp4",
         "http://[::ffff:127.0.0.1]/x.mp4",
         "http://[2002:7f00:1::]/x.mp4",
+        "http://[64:ff9b::7f00:1]/x.mp4",
     ],
 )
 def test_private_hosts_are_refused(url: str) -> None:
@@ -294,18 +186,16 @@ def test_other_schemes_are_refused(url: str, tmp_path: Path) -> None:
 
 
 def test_redirect_to_a_private_host_is_refused(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: Server, video: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first address passes as public; the one that it leads to is looked at again."""
-    original = module.check_url
-    first = f"{server.url}/to_private.mp4"
-
-    def check(url: str, *, allow_private_hosts: bool, through_proxy: bool = False) -> None:
-        original(url, allow_private_hosts=url == first, through_proxy=through_proxy)
-
-    monkeypatch.setattr(module, "check_url", check)
-    assert code_of(first, tmp_path, allow_private_hosts=False) == "refused_host"
-    assert server.counts["/ok.mp4"] == 0
+    """The first address passes as public; the one that it leads to does not."""
+    monkeypatch.setattr(hosts, "is_public", lambda address: str(address) == "127.0.0.1")
+    with serving(video, "127.0.0.2") as inner:
+        server.other = inner.url
+        url = f"{server.url}/to_other.mp4"
+        assert code_of(url, tmp_path, allow_private_hosts=False) == "refused_host"
+        assert server.counts["/to_other.mp4"] == 1
+        assert inner.requests == []
 
 
 def test_refused_without_a_request(server: Server, tmp_path: Path) -> None:
@@ -370,7 +260,7 @@ def test_what_sites_say(text: str, code: str) -> None:
     import yt_dlp
 
     error = yt_dlp.utils.DownloadError(f"ERROR: {text}; please report this issue on the web")
-    translated = module._translated(error, url="https://y.org/x", download=settings())
+    translated = page_download._translated(error, url="https://y.org/x", download=settings())
     assert (translated.code, translated.cause) == (code, text)
     assert translated.retryable == (code in {"network", "rate_limited"})
 
