@@ -39,8 +39,6 @@ from kpmask.media.images import encode_jpeg, encode_png
 from kpmask.records import ClipPlan, ClipRecord, Failure, SourceRow, VideoProbe, digest
 
 CODE_VERSION = 2  # in every clip id: a change of what is cut makes other clips
-_NO_SUBJECT = Subject()
-_USUAL_LIMITS = MediaLimits()
 _ROUNDED_RATE = 0.005
 _MAX_UNKNOWN_PIECES = 1000
 _CLOSE_S = 0.1  # a clip is closed when the pass is this far behind its end
@@ -99,11 +97,11 @@ def plan_clips(
     probe: VideoProbe,
     raw_sha256: str,
     *,
-    path: Path = Path(),
+    path: Path,
     clips: Clips,
     storage: Storage,
-    subject: Subject = _NO_SUBJECT,
-    limits: MediaLimits = _USUAL_LIMITS,
+    subject: Subject,
+    limits: MediaLimits,
 ) -> tuple[list[ClipPlan], list[Failure]]:
     """What to cut from one video, and the rows from which nothing can be.
 
@@ -127,12 +125,18 @@ def plan_clips(
                 pieces, losses = _subject_pieces(row, probe, path, clips, subject, limits)
                 failures += losses
             else:
-                pieces = _row_pieces(row, probe, clips)
+                pieces = _row_pieces(row, probe, clips, limits)
         except ItemError as error:
             failures.append(failure_of(row_name(row), "plan", error))
             continue
         plans += [_plan(row, piece, raw_sha256, clips, storage) for piece in pieces]
     return plans, failures
+
+
+def cuts_whole(rows: Sequence[SourceRow], subject: Subject) -> bool:
+    """Whether the plans for a video cover it from its first frame to its last (`CutSettings`)."""
+    follows = subject.detector != "none" and subject.rule != "first"
+    return rows[0].start_frame is None and not follows
 
 
 def row_name(row: SourceRow) -> str:
@@ -190,10 +194,12 @@ def _plan(
     )
 
 
-def _row_pieces(row: SourceRow, probe: VideoProbe, clips: Clips) -> list[_Piece]:
+def _row_pieces(
+    row: SourceRow, probe: VideoProbe, clips: Clips, limits: MediaLimits
+) -> list[_Piece]:
     """The clips that a row asks for."""
     if row.start_frame is None:
-        return _whole_video(row, probe, clips)
+        return _whole_video(row, probe, clips, limits)
     assert row.end_frame is not None
     assert row.bbox_px is not None and row.ref_size_px is not None and row.ref_fps is not None
     crop_px, clamped = crop_box(
@@ -209,6 +215,12 @@ def _row_pieces(row: SourceRow, probe: VideoProbe, clips: Clips) -> list[_Piece]
     num_frames = frames_until(row.end_frame, reference, rate) - frames_until(
         row.start_frame, reference, rate
     )
+    if num_frames > limits.max_frames:  # a slip of the table's would make a million plans
+        raise MediaError(
+            f"a span of {num_frames} frames, and the limit is {limits.max_frames}",
+            code="frames_over_limit",
+            value=num_frames,
+        )
     edges = _even_edges(row.start_frame, row.end_frame, math.ceil(num_frames / clips.max_frames))
     return [
         _Piece(
@@ -232,7 +244,9 @@ def _even_edges(start: int, end: int, count: int) -> list[int]:
     return [start + (end - start) * i // count for i in range(count + 1)]
 
 
-def _whole_video(row: SourceRow, probe: VideoProbe, clips: Clips) -> list[_Piece]:
+def _whole_video(
+    row: SourceRow, probe: VideoProbe, clips: Clips, limits: MediaLimits
+) -> list[_Piece]:
     """A video from its first frame to its last, from the square about its centre."""
     crop_px = centre_square((probe.width_px, probe.height_px))
     if crop_px[2] - crop_px[0] < clips.min_box_px:
@@ -240,15 +254,21 @@ def _whole_video(row: SourceRow, probe: VideoProbe, clips: Clips) -> list[_Piece
             f"the frame is {probe.width_px}x{probe.height_px} px, under {clips.min_box_px} px",
             code="too_small",
         )
-    return _all_frames(row, probe, clips, crop_px, clamped=False)
+    return _all_frames(row, probe, clips, limits, crop_px, clamped=False)
 
 
 def _all_frames(
-    row: SourceRow, probe: VideoProbe, clips: Clips, crop_px: Box, *, clamped: bool
+    row: SourceRow,
+    probe: VideoProbe,
+    clips: Clips,
+    limits: MediaLimits,
+    crop_px: Box,
+    *,
+    clamped: bool,
 ) -> list[_Piece]:
     """One square of a video from its first frame to its last."""
     rate = as_rate(probe.fps)
-    num_frames = _num_frames(probe, clips)
+    num_frames = _num_frames(probe, clips, limits)
     edges = _even_edges(0, num_frames, math.ceil(num_frames / clips.max_frames))
     # The last frames of a variable rate come later than the average rate has it.
     last_s = max(float(num_frames / rate), probe.duration_s or 0.0) + float(1 / rate)
@@ -284,7 +304,7 @@ def _subject_pieces(
         )
     if subject.rule == "first":
         crop_px, clamped = find_first(path, probe, subject=subject, clips=clips, limits=limits)
-        return _all_frames(row, probe, clips, crop_px, clamped=clamped), []
+        return _all_frames(row, probe, clips, limits, crop_px, clamped=clamped), []
     found = find_tubes(path, probe, subject=subject, clips=clips, limits=limits)
     counts: dict[str, int] = {}
     pieces = []
@@ -318,13 +338,16 @@ def _subject_losses(row: SourceRow, found: Found) -> list[Failure]:
     return [failure_of(row.video_id, "plan", error) for error in errors]
 
 
-def _num_frames(probe: VideoProbe, clips: Clips) -> int:
-    """How many frames a video has, as far as its header says; else more than it will have."""
+def _num_frames(probe: VideoProbe, clips: Clips, limits: MediaLimits) -> int:
+    """How many frames a video has, as far as its header says; else more than it will have.
+
+    A damaged header may promise centuries; more than the limit are never read.
+    """
     if probe.num_frames_from_header:
-        return probe.num_frames_from_header
+        return min(probe.num_frames_from_header, limits.max_frames)
     if probe.duration_s:
-        return max(1, round(probe.duration_s * probe.fps))
-    return _MAX_UNKNOWN_PIECES * clips.max_frames
+        return max(1, round(min(probe.duration_s * probe.fps, limits.max_frames)))
+    return min(_MAX_UNKNOWN_PIECES * clips.max_frames, limits.max_frames)
 
 
 # --- cutting ---------------------------------------------------------------------------------
@@ -526,7 +549,9 @@ class _Cutter:
                 return 0  # the next frame of a variable rate comes after the span
         elif self._settings.whole:
             # Such a plan ends later than its last frame.
-            end_s = min(end_s, _num_frames(probe, self._settings.clips) / probe.fps)
+            end_s = min(
+                end_s, _num_frames(probe, self._settings.clips, self._settings.limits) / probe.fps
+            )
         return max(0, math.ceil((end_s - last_s) * probe.fps - 1e-4) - 1)
 
 

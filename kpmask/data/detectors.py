@@ -219,10 +219,10 @@ class PersonDetector:
     _MARGIN_Y: ClassVar[float] = 1 / 16
 
     def __init__(self) -> None:
-        weights = cv2.HOGDescriptor.getDefaultPeopleDetector()
+        weights = np.asarray(cv2.HOGDescriptor.getDefaultPeopleDetector(), "<f4")
         self._hog = cv2.HOGDescriptor()
         self._hog.setSVMDetector(weights)
-        self.weights_sha256 = hashlib.sha256(np.asarray(weights, "<f4").tobytes()).hexdigest()
+        self.weights_sha256 = hashlib.sha256(weights.tobytes()).hexdigest()
 
     def watch(self, frames_THWC: Sequence[NDArray[np.uint8]]) -> None:
         """It needs no background."""
@@ -231,7 +231,7 @@ class PersonDetector:
         """See `Detector`; scores are distances from the classifier's plane, about 0 to 3."""
         with one_thread():
             boxes, scores = self._hog.detectMultiScale(
-                self._at_least_a_window(cv2.cvtColor(frame_HWC, cv2.COLOR_RGB2GRAY)),
+                cv2.cvtColor(_with_room(frame_HWC), cv2.COLOR_RGB2GRAY),
                 hitThreshold=0.0,
                 winStride=(8, 8),
                 padding=(16, 16),
@@ -246,13 +246,12 @@ class PersonDetector:
             found.append(Detection((left_px, top_px, right_px, bottom_px), float(score)))
         return _distinct(found)
 
-    def _at_least_a_window(self, image_HW: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """A picture with room for one window: OpenCV's search reads past one without."""
-        height_px, width_px = image_HW.shape
-        below, beside = max(0, 128 - height_px), max(0, 64 - width_px)
-        if not below and not beside:
-            return image_HW
-        return cv2.copyMakeBorder(image_HW, 0, below, 0, beside, cv2.BORDER_REPLICATE)
+
+def _with_room(image_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A picture with room for one window: without, OpenCV's search reads beside it."""
+    height_px, width_px = image_HWC.shape[:2]
+    below, beside = max(0, 128 - height_px), max(0, 64 - width_px)
+    return np.pad(image_HWC, ((0, below), (0, beside), (0, 0)), mode="edge")
 
 
 # --- what moves ------------------------------------------------------------------------------

@@ -57,10 +57,10 @@ def _new_detector(settings: Subject) -> ContentDetector | None:
     )
 
 
-def _small_bgr(frame_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    height_px, width_px = frame_HWC.shape[:2]
-    scale = MAX_SIDE_PX / max(height_px, width_px)
-    if scale < 1:
-        size_px = max(1, round(width_px * scale)), max(1, round(height_px * scale))
-        frame_HWC = cv2.resize(frame_HWC, size_px, interpolation=cv2.INTER_AREA)
-    return cv2.cvtColor(frame_HWC, cv2.COLOR_RGB2BGR)
+def _small_bgr(frame_HWC: NDArray[np.uint8]) -> cv2.typing.MatLike:
+    bgr_HWC = cv2.cvtColor(frame_HWC, cv2.COLOR_RGB2BGR)
+    scale = MAX_SIDE_PX / max(bgr_HWC.shape)
+    if scale >= 1:
+        return bgr_HWC
+    size_px = max(1, round(bgr_HWC.shape[1] * scale)), max(1, round(bgr_HWC.shape[0] * scale))
+    return cv2.resize(bgr_HWC, size_px, interpolation=cv2.INTER_AREA)

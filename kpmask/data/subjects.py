@@ -294,9 +294,12 @@ def _is_subject(
 def _samples(
     path: Path, probe: VideoProbe, limits: MediaLimits, size_px: Size
 ) -> Iterator[NDArray[np.uint8]]:
-    """A few frames, evenly over the video, up to its damage; the passes after it report that."""
-    length_s = probe.duration_s or 2 * _SAMPLES * _SAMPLE_EVERY_S
-    times_s = [length_s * (i + 0.5) / _SAMPLES for i in range(_SAMPLES)]
+    """A few frames, evenly over the video, up to its damage, which the pass after this reports.
+
+    The first frame is one of them: a header that lies about the length hides the others only.
+    """
+    length_s = probe.duration_s or _SAMPLES * _SAMPLE_EVERY_S
+    times_s = [length_s * i / _SAMPLES for i in range(_SAMPLES)]
     frame_s = float(1 / as_rate(probe.fps))
     wanted = [Span(time_s, time_s + 1.5 * frame_s, None, size_px) for time_s in times_s]
     seen: set[int] = set()

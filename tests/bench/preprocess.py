@@ -33,7 +33,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kpmask.config import Clips, MediaLimits, Storage
+from kpmask.config import Clips, MediaLimits, Storage, Subject
 from kpmask.data.metadata import raw_stem, read_metadata
 from kpmask.data.shards import ShardWriter, clip_info, num_clips, read_clip
 from kpmask.demo.videos import COLUMNS, film, plan_takes
@@ -168,7 +168,16 @@ def _cut(video: Video, out: Path, size_px: int) -> int:
     facts = probe(path, LIMITS)
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    plans, failures = plan_clips(rows, facts, sha256, clips=clips, storage=STORAGE)
+    plans, failures = plan_clips(
+        rows,
+        facts,
+        sha256,
+        path=path,
+        clips=clips,
+        storage=STORAGE,
+        subject=Subject(),
+        limits=LIMITS,
+    )
     assert not failures, failures
     settings = CutSettings(clips=clips, storage=STORAGE, limits=LIMITS, whole=False)
     num_frames = 0

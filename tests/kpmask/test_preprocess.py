@@ -14,15 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kpmask.config import Clips, MediaLimits, Storage
+from kpmask.config import Clips, MediaLimits, Quality, Storage, Subject
 from kpmask.data.metadata import read_metadata
+from kpmask.data.quality import ClipMeter
 from kpmask.errors import MediaError
 from kpmask.media.decode import frames
 from kpmask.media.encode import encode
 from kpmask.media.images import decode_image, encode_png
 from kpmask.media.probe import probe
 from kpmask.preprocess import CutClip, CutSettings, cut_clips, frames_until, plan_clips
-from kpmask.records import Failure, SourceRow
+from kpmask.records import ClipPlan, Failure, SourceRow, VideoProbe
 
 CLIPS = Clips(size_px=32, min_frames=4, fit="stretch")
 SIZE = (64, 48)
@@ -73,6 +74,28 @@ def row(start: int, end: int, ref_fps: float, **changes: object) -> SourceRow:
 WHOLE_ROW = SourceRow(line=0, video_id="v", partition="train", identity="v")
 LIMITS = MediaLimits()
 PNG = Storage()
+ANY_QUALITY = Quality()
+
+
+def plan(
+    rows: list[SourceRow],
+    path: Path,
+    facts: VideoProbe,
+    raw: str = "0" * 64,
+    *,
+    clips: Clips = CLIPS,
+    storage: Storage = PNG,
+) -> tuple[list[ClipPlan], list[Failure]]:
+    return plan_clips(
+        rows,
+        facts,
+        raw,
+        path=path,
+        clips=clips,
+        storage=storage,
+        subject=Subject(),
+        limits=LIMITS,
+    )
 
 
 def cut(
@@ -82,10 +105,12 @@ def cut(
     *,
     clips: Clips = CLIPS,
     storage: Storage = PNG,
+    quality: Quality = ANY_QUALITY,
 ) -> tuple[list[tuple[CutClip, np.ndarray]], list[Failure]]:
     facts = probe(path, LIMITS)
-    plans, failures = plan_clips(rows, facts, "0" * 64, clips=clips, storage=storage)
-    settings = CutSettings(clips, storage, LIMITS, whole=rows[0].start_frame is None)
+    plans, failures = plan(rows, path, facts, clips=clips, storage=storage)
+    whole = rows[0].start_frame is None
+    settings = CutSettings(clips, storage, LIMITS, whole=whole, quality=quality)
     done = []
     for result in cut_clips(path, plans, facts, settings=settings, folder=folder):
         if isinstance(result, Failure):
@@ -154,13 +179,62 @@ def test_record_says_what_was_cut(videos: dict[str, Path], tmp_path: Path) -> No
     assert record.sha256 == hashlib.sha256(clip.tobytes()).hexdigest()
 
 
+def test_clips_are_measured_as_they_are_stored(videos: dict[str, Path], tmp_path: Path) -> None:
+    done, _ = cut(videos["25"], [row(0, 40, 25), row(20, 75, 25)], tmp_path)
+    for result, clip in done:
+        meter = ClipMeter()
+        for frame in clip:
+            meter.add(frame)
+        assert result.measures == meter.measures()
+        record, measures = result.record(), result.measures
+        assert (record.sharpness, record.brightness) == (measures.sharpness, measures.brightness)
+        assert (record.motion, record.overlay) == (measures.motion, measures.overlay)
+        assert record.look == measures.look
+        assert record.sharpness > 0 and record.motion > 0 and 0 < record.brightness < 1
+
+
+def test_clips_beyond_a_limit_are_refused(videos: dict[str, Path], tmp_path: Path) -> None:
+    rows = [row(0, 16, 25), row(63, 64, 25), row(112, 120, 25)]
+    kept, _ = cut(videos["25"], rows, tmp_path)
+    dark, bright = kept[0][0], kept[1][0]
+    assert dark.measures.brightness < 0.3 < 0.4 < bright.measures.brightness
+    for quality, code in ((Quality(min_brightness=0.35), "dark"), (Quality(max_jump=0.0), "jumpy")):
+        done, failures = cut(videos["25"], rows, tmp_path, quality=quality)
+        refused = [dark, bright] if code == "jumpy" else [dark]
+        assert [result.plan for result, _ in done] == [
+            result.plan for result, _ in kept if result not in refused
+        ]
+        of_quality = [f for f in failures if f.stage == "quality"]
+        assert [(f.item, f.code, f.retryable) for f in of_quality] == [
+            (result.plan.name, code, False) for result in refused
+        ]
+        assert [f.code for f in failures if f.stage != "quality"] == ["too_short"]
+        measures = dark.measures
+        assert of_quality[0].value == (measures.jump if code == "jumpy" else measures.brightness)
+
+
+def test_each_refused_clip_of_a_whole_video_is_told(
+    videos: dict[str, Path], tmp_path: Path
+) -> None:
+    clips = CLIPS.model_copy(update={"max_frames": 40})
+    done, failures = cut(
+        videos["25"], [WHOLE_ROW], tmp_path, clips=clips, quality=Quality(min_motion=1.0)
+    )
+    assert done == []
+    assert [(f.item, f.stage, f.code) for f in failures] == [
+        ("v#000000#000040", "quality", "static"),
+        ("v#000040#000080", "quality", "static"),
+        ("v#000080#000120", "quality", "static"),
+    ]
+
+
 def test_ids_are_of_the_content(videos: dict[str, Path]) -> None:
     facts = probe(videos["25"], LIMITS)
 
     def ids(
         one: SourceRow, raw: str = "raw", clips: Clips = CLIPS, storage: Storage = PNG
     ) -> list[str]:
-        plans, _ = plan_clips([one], facts, raw, clips=clips, storage=storage)
+        plans, _ = plan([one], videos["25"], facts, raw, clips=clips, storage=storage)
         return [plan.clip_id for plan in plans]
 
     base = ids(row(0, 50, 25))
@@ -279,7 +353,7 @@ def test_unknown_length_is_no_loss(videos: dict[str, Path]) -> None:
     facts = dataclasses.replace(
         probe(videos["25"], LIMITS), num_frames_from_header=None, duration_s=None
     )
-    plans, _ = plan_clips([WHOLE_ROW], facts, "", clips=CLIPS, storage=Storage())
+    plans, _ = plan([WHOLE_ROW], videos["25"], facts)
     assert 1 < len(plans) <= 1000
 
 
@@ -293,7 +367,7 @@ def test_memory_is_flat(tmp_path: Path) -> None:
         encode(path, (noise[i % 4] for i in range(count)), fps=25, preset="ultrafast")
         facts = probe(path, LIMITS)
         clips = Clips(size_px=128, min_frames=1)
-        plans, _ = plan_clips([WHOLE_ROW], facts, "", clips=clips, storage=Storage())
+        plans, _ = plan([WHOLE_ROW], path, facts, clips=clips)
         settings = CutSettings(clips, Storage(), LIMITS, whole=True)
         tracemalloc.start()
         for result in cut_clips(path, plans, facts, settings=settings, folder=tmp_path):

@@ -23,7 +23,7 @@ from kpmask.media.decode import frames
 from kpmask.media.encode import encode
 from kpmask.media.images import encode_png
 from kpmask.media.probe import probe
-from kpmask.preprocess import CutClip, CutSettings, cut_clips, plan_clips
+from kpmask.preprocess import CutClip, CutSettings, cut_clips, cuts_whole, plan_clips
 from kpmask.records import ClipPlan, Failure, SourceRow
 
 needs_yunet = pytest.mark.skipif(
@@ -163,6 +163,8 @@ def test_plans_are_cut_as_planned(tmp_path: Path, squares: Squares) -> None:
     assert ([p.name for p in plans], failures) == (["v#000000#000030", "v#2#000000#000030"], [])
     assert [p.identity for p in plans] == ["v", "v"] and len({p.clip_id for p in plans}) == 2
     facts = probe(path, LIMITS)
+    assert not cuts_whole([ROW], EXACT) and cuts_whole([ROW], Subject())
+    assert cuts_whole([ROW], EXACT.model_copy(update={"rule": "first"}))
     for whole in (False, True):
         settings = CutSettings(CLIPS, Storage(), LIMITS, whole=whole)
         cut = list(cut_clips(path, plans, facts, settings=settings, folder=tmp_path))
