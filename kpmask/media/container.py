@@ -52,6 +52,8 @@ SEEKABLE_DEMUXERS = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flv"
 # Of these the header, and not the data, says how long the file is.
 HEADER_LENGTH_DEMUXERS = frozenset({"matroska,webm", "avi", "flv", "asf"})
 
+_MIN_RATE, _MAX_RATE = Fraction(1, 1000), Fraction(100_000)
+
 _IMAGE_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*")
 _IMAGE_BRANDS = frozenset({b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1"})
 _EBML = b"\x1aE\xdf\xa3"
@@ -249,7 +251,14 @@ def decodable(stream: Stream) -> bool:
 
 
 def frame_rate(container: InputContainer, stream: VideoStream, limits: MediaLimits) -> Fraction:
-    """Frames per second on average, holes longer than `max_gap_s` left out."""
+    """Frames per second on average, holes longer than `max_gap_s` left out.
+
+    A damaged header may say anything: what no camera does becomes the nearest that one does.
+    """
+    return min(max(_said_rate(container, stream, limits), _MIN_RATE), _MAX_RATE)
+
+
+def _said_rate(container: InputContainer, stream: VideoStream, limits: MediaLimits) -> Fraction:
     average, base = stream.average_rate, stream.base_rate
     if container.format.name in UNTIMED_DEMUXERS:
         # Either may be a multiple of the true rate: fields for frames, or ticks for frames.

@@ -18,13 +18,14 @@ from math import inf
 from pathlib import Path
 from typing import Literal
 
+import av.error
 import numpy as np
 from av.video.frame import VideoFrame
 from numpy.typing import NDArray
 
 from kpmask.config import MediaLimits
 from kpmask.errors import MediaError
-from kpmask.media.container import sniff
+from kpmask.media.container import reason, sniff
 from kpmask.media.graph import Box, Geometry, Renderer, Size
 from kpmask.media.images import image_size, read_image, read_stack
 from kpmask.media.reader import Decoded, Reader
@@ -82,7 +83,7 @@ def as_rate(fps: float) -> Fraction:
     for base in _NTSC:
         if abs(fps - base * 1000 / 1001) < 1e-3:
             return Fraction(base * 1000, 1001)
-    return Fraction(fps).limit_denominator(1001 if fps >= 1 else 1_000_000)
+    return Fraction(fps).limit_denominator(1001 if fps >= 1 else 1_000_000) or Fraction(fps)
 
 
 def check_length(num_frames: int, *, min_frames: int, subject: str) -> None:
@@ -184,7 +185,7 @@ def _video_spans(
             _move_on(waiting, active, decoded.time_s, reader.tolerance_s)
             _forget(renderers, [*active, *waiting])
             for job in active:
-                yield job.index, _rendered(decoded, job.span, renderers, reader.geometry)
+                yield job.index, _rendered(decoded, job.span, renderers, reader.geometry, path.name)
 
 
 def _move_on(waiting: deque[_Job], active: list[_Job], time_s: float, tolerance_s: float) -> None:
@@ -209,11 +210,17 @@ def _rendered(
     span: Span,
     renderers: dict[tuple[Box | None, Size | None], Renderer],
     geometry: Geometry,
+    subject: str,
 ) -> Frame:
     key = (span.crop_px, span.size_px)
     if key not in renderers:
         renderers[key] = Renderer(geometry, crop_px=span.crop_px, size_px=span.size_px)
-    return Frame(renderers[key].render(decoded.frame), decoded.time_s)
+    try:
+        return Frame(renderers[key].render(decoded.frame), decoded.time_s)
+    except av.error.FFmpegError as error:
+        # Such as a matrix of colours, named by a damaged header, that libswscale has not.
+        cause = f"frames cannot be turned into RGB: {reason(error)}"
+        raise MediaError(cause, subject=subject, code="decode_errors") from error
 
 
 # --- pictures --------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import struct
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,11 @@ _TURNS = {
     7: PilImage.Transpose.TRANSVERSE,
     8: PilImage.Transpose.ROTATE_90,
 }
+# What Pillow's readers raise on damaged files: no two of them agree.
+_BROKEN = (
+    *(ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError),
+    *(SyntaxError, TypeError, ValueError, struct.error, zlib.error),
+)
 _MAX_STACK_FACTOR = 4  # a stack may hold that many times the pixels of the largest picture
 # Of frames of films, Paeth differences without a search for repeats are as small as what zlib
 # finds at level 4 with every row's best filter, in a third of its time.
@@ -141,7 +147,7 @@ def _identified(file: BinaryIO, subject: str) -> PilImage.Image:
                 "its header cannot be read", subject=subject, code="decode_errors"
             ) from error
         raise MediaError("not a picture", subject=subject, code="not_media") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except _BROKEN as error:
         raise MediaError(
             f"its header cannot be read: {error}", subject=subject, code="decode_errors"
         ) from error
@@ -159,7 +165,7 @@ def _orientation(image: PilImage.Image) -> int:
     with _quiet():
         try:
             value = image.getexif().get(_EXIF_ORIENTATION, 1)
-        except (SyntaxError, ValueError, KeyError, TypeError, OSError, struct.error):
+        except _BROKEN:
             return 1
     return value if value in range(1, 9) else 1
 
@@ -169,7 +175,7 @@ def _rgb(image: PilImage.Image, subject: str) -> NDArray[np.uint8]:
     try:
         with _quiet():
             image.load()
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
+    except _BROKEN as error:
         cut = "truncated" in str(error) or isinstance(error, EOFError)
         raise MediaError(
             f"it cannot be decoded: {error}",

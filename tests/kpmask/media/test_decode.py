@@ -386,6 +386,7 @@ def test_memory_does_not_grow_with_length(tmp_path: Path, kit: SimpleNamespace) 
         (12.5, Fraction(25, 2)),
         (625 / 31, Fraction(625, 31)),
         (0.0005, Fraction(1, 2000)),
+        (2.0**-30, Fraction(1, 2**30)),
     ],
 )
 def test_as_rate(fps: float, rate: Fraction) -> None:
