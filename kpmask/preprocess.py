@@ -331,7 +331,8 @@ def _subject_losses(row: SourceRow, found: Found) -> list[Failure]:
         cause = f"{error.cause} (the best of {count})" if count > 1 else error.cause
         errors.append(MediaError(cause, code=code, hint=error.hint, value=error.value))
     if found.damage is not None:
-        cause = f"{found.damage.cause}; {len(found.tubes)} subjects are seen for long enough before"
+        count = len(found.tubes)
+        cause = f"{found.damage.cause}; {count} clip{'s' * (count != 1)} before that"
         errors.append(MediaError(cause, code=found.damage.code))
     if not errors and not found.tubes:
         raise no_subject(found.looked_for, found.num_looks, "the video")
