@@ -119,7 +119,7 @@ class RoboNet(Part):
     cameras: tuple[Annotated[int, Field(ge=0, le=63)], ...] | None = None  # None: all
     # The order of colours in a decoded picture; file: as its attribute says.
     channels: Literal["file", "rgb", "bgr"] = "file"
-    max_bytes: PositiveInt = 2**30  # of one trajectory's file, and of what is unpacked from it
+    max_bytes: PositiveInt = 2**28  # of one trajectory's file, and of the pictures out of it
 
 
 class Subject(Part):

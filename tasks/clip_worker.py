@@ -1,7 +1,11 @@
 """One raw video to clips, in a worker process.
 
-In: the rows about a video and where it lies. Out: its clips as small part files in the store, and
-their records. Nothing of a video but records goes back to the driver.
+In: the rows about a video and where it lies. Out: its clips as one part file in the store, and its
+result beside it, which a run finds again whoever dies. Nothing of a video goes back to the driver.
+
+Two stages, each with its own resources: `Fetcher` waits for servers, `ClipCutter` decodes, crops
+and encodes. (Decoding and encoding are one stage, because frames between them would cross
+processes: a 256 px frame takes 0.2 MB, more than all its coded forms.)
 """
 
 from __future__ import annotations
@@ -14,9 +18,10 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from types import TracebackType
 from typing import Any, Final
 
 from kpmask.config import PreprocessJob
@@ -28,44 +33,25 @@ from kpmask.preprocess import CutClip, CutSettings, cut_clips, failure_of, plan_
 from kpmask.records import ClipRecord, Failure, SourceRow, as_dict, digest
 from tasks.cache import user_cache
 from tasks.download import fetch, video_url
-from tasks.storage import ObjectInfo, ObjectStore, open_store
+from tasks.plan import ROBONET_SUFFIXES
+from tasks.storage import ObjectStore, open_store
+from tasks.workbook import NO_STATE, VideoItem, state_of
 
 PARTS: Final = "parts"
+RESULTS: Final = "results"
 _FOLDER: Final = re.compile(r"kpmask-cut-(\d+)-")
+_RESULT: Final = re.compile(r"([0-9a-f]{32})\.([0-9a-f]{16}|none)\.(done|retry)\.json")
 
 
-@dataclass(frozen=True, slots=True)
-class VideoItem:
-    """A video to be cut.
-
-    Attributes:
-        name: of the raw video, a plain name.
-        rows: what is wanted of it.
-        keys: its files in the raw store; none where it must be downloaded.
-        is_folder: the files are the frames of one clip, and not one video.
-        url: where it can be had, where the table says so.
-        state: a digest of the files' sizes and versions.
-    """
-
-    name: str
-    rows: tuple[SourceRow, ...]
-    keys: tuple[str, ...]
-    is_folder: bool
-    url: str | None
-    state: str
-
-    @property
-    def item_id(self) -> str:
-        """A digest of what is wanted of the video."""
-        rows = [as_dict(replace(row, line=0)) for row in self.rows]
-        return digest([self.name, rows, self.url, self.is_folder])[:32]
+# --- results ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class VideoResult:
     """What became of a video; a row of the dataset's `videos.parquet`.
 
-    `clips` and `failures` are JSON lists of records. `state` is that of the files that were read.
+    `clips` and `failures` are JSON lists of records; where a clip's images are in a part file,
+    `shard` and `row` say so. `state` is that of the files that were read.
     """
 
     item_id: str
@@ -75,6 +61,7 @@ class VideoResult:
     state: str
     clips: str
     failures: str
+    retryable: bool = False
 
     def clip_records(self) -> list[ClipRecord]:
         clips: list[dict[str, Any]] = json.loads(self.clips)
@@ -83,25 +70,29 @@ class VideoResult:
     def failure_records(self) -> list[Failure]:
         return [Failure(**failure) for failure in json.loads(self.failures)]
 
+    def placeless(self) -> VideoResult:
+        """The result as the dataset keeps it: where images waited is nothing to later runs."""
+        clips = [as_dict(replace(clip, shard="", row=0)) for clip in self.clip_records()]
+        return replace(self, clips=_json(clips))
+
 
 def video_result(
     item: VideoItem,
     *,
     clips: Sequence[ClipRecord] = (),
     failures: Sequence[Failure] = (),
-    key: str = "",
     sha256: str = "",
-    state: str | None = None,
 ) -> VideoResult:
     """A result from its records."""
     return VideoResult(
         item_id=item.item_id,
         name=item.name,
-        key=key or (item.keys[0] if item.keys else ""),
+        key=item.keys[0] if item.keys else "",
         sha256=sha256,
-        state=item.state if state is None else state,
+        state=item.state,
         clips=_json([as_dict(clip) for clip in clips]),
         failures=_json([as_dict(failure) for failure in failures]),
+        retryable=any(failure.retryable for failure in failures),
     )
 
 
@@ -109,22 +100,105 @@ def _json(value: Any) -> str:  # noqa: ANN401 - any JSON value
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
-def state_of(files: Sequence[ObjectInfo]) -> str:
-    """A digest that changes when one of the files does; empty for none."""
-    return digest([[f.key, f.size_bytes, f.etag] for f in files])[:16] if files else ""
+def part_key(work: str, item_id: str) -> str:
+    """Where the images of a video's clips wait to become part of shards."""
+    return f"{work}/{PARTS}/{item_id}.arrow"
 
 
-def part_key(work: str, clip_id: str) -> str:
-    """Where a finished clip waits to become part of a shard."""
-    return f"{work}/{PARTS}/{clip_id}.arrow"
+def put_result(store: ObjectStore, work: str, result: VideoResult) -> None:
+    """Keep a result for this run and the ones after it."""
+    key = result_key(work, result.item_id, result.state, retryable=result.retryable)
+    store.put(key, encoded_result(result).encode())
 
 
-class ClipCutter:
-    """The worker.
+def result_key(work: str, item_id: str, state: str, *, retryable: bool) -> str:
+    """Where a result is kept. The key says what a listing must tell: of which files it is, and
+    whether a retry may help.
+    """
+    kind = "retry" if retryable else "done"
+    return f"{work}/{RESULTS}/{item_id}.{state or 'none'}.{kind}.json"
+
+
+def listed_results(store: ObjectStore, work: str) -> Iterator[tuple[str, str, bool]]:
+    """(item id, state, whether a retry may help) of the results that are kept."""
+    for info in store.list(f"{work}/{RESULTS}/"):
+        match = _RESULT.fullmatch(PurePosixPath(info.key).name)
+        if match:
+            yield match[1], NO_STATE if match[2] == "none" else match[2], match[3] == "retry"
+
+
+def encoded_result(result: VideoResult) -> str:
+    """A result as it is kept."""
+    return _json(as_dict(result))
+
+
+def read_result(data: bytes | str) -> VideoResult:
+    """A result as it was kept."""
+    return VideoResult(**json.loads(data))
+
+
+def given_up(item: VideoItem, failure: Failure) -> VideoResult:
+    """The result of a video whose worker died, took too long or has a bug: a rerun tries again."""
+    failures = [replace(failure, item=row_name(row), retryable=True) for row in item.rows]
+    return video_result(item, failures=failures)
+
+
+def _failed(item: VideoItem, stage: str, error: ItemError) -> VideoResult:
+    return video_result(item, failures=[failure_of(row_name(r), stage, error) for r in item.rows])
+
+
+# --- fetching --------------------------------------------------------------------------------
+
+
+class Fetcher:
+    """The worker that downloads a video into the raw store.
 
     Args:
         job: the settings.
-        raw_uri: the store of raw videos, where downloads are put too.
+        raw_uri: the store of raw videos.
+        work: the prefix, in the dataset's store, of what is unfinished.
+    """
+
+    def __init__(self, job: PreprocessJob, raw_uri: str, work: str) -> None:
+        self._job = job
+        self._raw = open_store(raw_uri)
+        self._out = open_store(job.out)
+        self._work = work
+
+    def process(self, item: VideoItem) -> VideoItem | Failure:
+        """The item with its file; or why it could not be had, which is then kept as its result.
+
+        Raises:
+            StorageError: the stores do not answer.
+        """
+        try:
+            return self._fetched(item)
+        except ItemError as error:
+            stage = "download" if isinstance(error, DownloadError) else "read"
+            put_result(self._out, self._work, _failed(item, stage, error))
+            return failure_of(item.name, stage, error)
+
+    def _fetched(self, item: VideoItem) -> VideoItem:
+        settings = self._job.download
+        url = item.url or video_url(item.name, download=settings)
+        folder = _download_folder(self._raw)
+        path = fetch(item.name, url, download=settings, limits=self._job.limits, folder=folder)
+        key = path.name
+        self._raw.put_file(key, path, if_absent=True)
+        path.unlink(missing_ok=True)
+        state = state_of([self._raw.info(key)])
+        return replace(item, keys=(key,), state=state, fetched=True)
+
+
+# --- cutting ---------------------------------------------------------------------------------
+
+
+class ClipCutter:
+    """The worker that cuts a video.
+
+    Args:
+        job: the settings.
+        raw_uri: the store of raw videos.
         work: the prefix, in the dataset's store, of what is unfinished.
     """
 
@@ -135,65 +209,107 @@ class ClipCutter:
         self._work = work
         _sweep_folders()
 
-    def process(self, item: VideoItem) -> VideoResult:
-        """Cut a video.
+    def process(self, item: VideoItem) -> bool:
+        """Cut a video and keep its result; whether all of it could be had.
 
         Raises:
             StorageError: the stores do not answer.
         """
         with _own_folder() as folder:
             try:
-                item, path = self._find(item, folder)
-                facts = probe(path, self._job.limits)
+                result = self._cut(item, folder)
             except ItemError as error:
-                return video_result(item, failures=_for_each_row(item, "read", error))
-            sha256 = _sha256(path)
-            plans, failures = plan_clips(
-                item.rows, facts, sha256, clips=self._job.clips, storage=self._job.storage
-            )
-            settings = CutSettings(
-                clips=self._job.clips,
-                storage=self._job.storage,
-                limits=self._job.limits,
-                whole=item.rows[0].start_frame is None,
-            )
-            records = []
-            for result in cut_clips(path, plans, facts, settings=settings, folder=folder):
-                if isinstance(result, Failure):
-                    failures.append(result)
-                    continue
-                records.append(self._stored(result, folder))
-                failures += _losses(result)
-        return video_result(item, clips=records, failures=failures, sha256=sha256)
+                result = _failed(item, "read", error)
+        put_result(self._out, self._work, result)
+        if item.fetched and not self._job.download.keep:
+            self._raw.delete(item.keys[0])
+        return not json.loads(result.failures)
 
-    def _stored(self, clip: CutClip, folder: Path) -> ClipRecord:
-        """Put a clip's part file into the store and remove its images here."""
-        record = clip.record()
-        part = folder / "part.arrow"
-        try:
-            with ShardWriter(part) as shard:
-                shard.add_file(record.clip_id, record.fps, clip.path, clip.ends)
-        except OSError as error:
-            raise storage_error(error, part) from error
-        self._out.put_file(part_key(self._work, record.clip_id), part)
-        part.unlink()
-        clip.path.unlink()
-        return record
+    def _cut(self, item: VideoItem, folder: Path) -> VideoResult:
+        path = self._found(item, folder)
+        sha256 = _sha256(path)
+        failures: list[Failure] = []
+        with _Part(folder / "part.arrow", part_key(self._work, item.item_id)) as part:
+            for rows, video in self._views(item, path, folder, failures):
+                try:
+                    self._cut_view(rows, video, sha256, folder, part, failures)
+                except ItemError as error:
+                    failures += [failure_of(row_name(row), "read", error) for row in rows]
+        if part.clips:
+            self._out.put_file(part.key, part.path)
+        return video_result(item, clips=part.clips, failures=failures, sha256=sha256)
+
+    def _views(
+        self, item: VideoItem, path: Path, folder: Path, failures: list[Failure]
+    ) -> Iterator[tuple[tuple[SourceRow, ...], Path]]:
+        """The videos in a file, with what is wanted of each: one, but for a robot's cameras."""
+        if path.suffix.lower() not in ROBONET_SUFFIXES:
+            yield item.rows, path
+            return
+        from kpmask.data.robonet import camera_videos  # HDF5's library, for those who need it
+
+        (row,) = item.rows
+        for camera in camera_videos(
+            path, folder, settings=self._job.robonet, limits=self._job.limits
+        ):
+            if isinstance(camera, Failure):
+                failures.append(camera)
+                continue
+            yield (replace(row, video_id=camera.name),), camera.path
+
+    def _cut_view(
+        self,
+        rows: tuple[SourceRow, ...],
+        path: Path,
+        sha256: str,
+        folder: Path,
+        part: _Part,
+        failures: list[Failure],
+    ) -> None:
+        job = self._job
+        facts = probe(path, job.limits)
+        plans, refused = plan_clips(
+            rows,
+            facts,
+            sha256,
+            path=path,
+            clips=job.clips,
+            storage=job.storage,
+            subject=job.subject,
+            limits=job.limits,
+        )
+        failures += refused
+        settings = CutSettings(
+            clips=job.clips,
+            storage=job.storage,
+            limits=job.limits,
+            quality=job.quality,
+            whole=rows[0].start_frame is None and job.subject.detector == "none",
+        )
+        for result in cut_clips(path, plans, facts, settings=settings, folder=folder):
+            if isinstance(result, Failure):
+                failures.append(result)
+                continue
+            part.add(result.record(), result.path, result.ends)
+            if result.damage is not None:
+                failures.append(_loss(result))
 
     # --- finding the video
 
-    def _find(self, item: VideoItem, folder: Path) -> tuple[VideoItem, Path]:
-        """The video as a local file or folder; downloaded first if need be."""
+    def _found(self, item: VideoItem, folder: Path) -> Path:
+        """The video as a local file or folder."""
         if item.is_folder:
-            return item, self._frames_folder(item, folder)
+            frames = folder / "frames"
+            frames.mkdir()
+            for key in item.keys:
+                (frames / PurePosixPath(key).name).symlink_to(self._local(key))
+            return frames
         if item.keys:
-            return item, self._local(item.keys[0])
-        if not self._job.download.enabled:
-            raise RowError(
-                f"no raw video {item.name!r} in {self._raw.uri}, and downloads are off",
-                code="missing_raw",
-            )
-        return self._downloaded(item)
+            return self._local(item.keys[0])
+        raise RowError(
+            f"no raw video {item.name!r} in {self._raw.uri}, and downloads are off",
+            code="missing_raw",
+        )
 
     def _local(self, key: str) -> Path:
         try:
@@ -205,38 +321,52 @@ class ClipCutter:
                 f"{key} was listed in {self._raw.uri} and is gone", code="missing_raw"
             ) from error
 
-    def _frames_folder(self, item: VideoItem, folder: Path) -> Path:
-        frames = folder / "frames"
-        frames.mkdir()
-        for key in item.keys:
-            (frames / PurePosixPath(key).name).symlink_to(self._local(key))
-        return frames
 
-    def _downloaded(self, item: VideoItem) -> tuple[VideoItem, Path]:
-        """Fetch the video and keep it in the raw store."""
-        settings = self._job.download
-        url = item.url or video_url(item.name, download=settings)
-        folder = _download_folder(self._raw)
-        path = fetch(item.name, url, download=settings, limits=self._job.limits, folder=folder)
-        key = path.name
-        self._raw.put_file(key, path, if_absent=True)
-        path.unlink(missing_ok=True)
-        state = state_of([self._raw.info(key)])
-        return replace(item, keys=(key,), state=state), self._raw.local(key)
+class _Part:
+    """The part file of a video: opened with its first clip."""
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.path = path
+        self.key = key
+        self.clips: list[ClipRecord] = []
+        self._writer: ShardWriter | None = None
+        self._files = ExitStack()
+
+    def __enter__(self) -> _Part:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._errors():
+            self._files.__exit__(kind, error, trace)
+
+    def add(self, clip: ClipRecord, images: Path, ends: Sequence[int]) -> None:
+        """Take in a clip; the file of its images is removed."""
+        with self._errors():
+            if self._writer is None:
+                self._writer = self._files.enter_context(ShardWriter(self.path))
+            row = self._writer.add_file(clip.clip_id, clip.fps, images, ends)
+        images.unlink()
+        self.clips.append(replace(clip, shard=self.key, row=row))
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise storage_error(error, self.path) from error
 
 
-def _losses(clip: CutClip) -> list[Failure]:
+def _loss(clip: CutClip) -> Failure:
     """What a clip that was kept lost to damage: reported beside it."""
-    if clip.damage is None:
-        return []
+    assert clip.damage is not None
     kept = f"kept {len(clip.ends)} frames, lost {clip.num_frames_lost}"
     failure = failure_of(clip.plan.name, "cut", clip.damage)
-    return [replace(failure, cause=f"{failure.cause}; {kept}")]
-
-
-def _for_each_row(item: VideoItem, stage: str, error: ItemError) -> list[Failure]:
-    stage = "download" if isinstance(error, DownloadError) else stage
-    return [failure_of(row_name(row), stage, error) for row in item.rows]
+    return replace(failure, cause=f"{failure.cause}; {kept}")
 
 
 def _sha256(path: Path) -> str:

@@ -18,7 +18,7 @@ import shutil
 import socket
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +35,7 @@ SHARED_MEMORY_FRACTION: Final = 0.8
 BACKOFF_S: Final = 0.5  # before the second attempt; doubles with each
 MAX_BACKOFF_S: Final = 30.0
 MAX_WAIT_S: Final = 5.0
+STARVED_S: Final = 0.05  # until a source that had nothing is asked again
 CONNECT_TIMEOUT_S: Final = 10.0
 MAX_START_DEATHS: Final = 3
 MAX_CAUSE_CHARACTERS: Final = 500
@@ -175,14 +176,22 @@ class Outcome(Generic[T, R]):
     failure: Failure | None
 
 
+class Pending:
+    """What a source of items yields when the next one is not there yet."""
+
+
+PENDING: Final = Pending()
+
+
 def run_items(
-    items: Sequence[T],
+    items: Iterable[T | Pending],
     worker: type[Worker[T, R]],
     worker_args: tuple[Any, ...],
     *,
     key: Callable[[T], str],
     stage: str,
     cluster: Cluster,
+    total: int | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Iterator[Outcome[T, R]]:
     """Work on items in actors, each with a `worker(*worker_args)`; outcomes as they come.
@@ -199,26 +208,30 @@ def run_items(
     When the caller stops early (`close`, Ctrl-C) the actors are killed. Needs `ray_session`.
 
     Args:
-        items: any number; only those in flight are held here.
+        items: any number; only those in flight are held here. A source that waits for something
+            yields `PENDING` meanwhile, and is asked again.
         key: the item's name in a `Failure`.
         stage: the stage's name in a `Failure` and in `Progress`.
         cluster: workers, their resources and the limits.
+        total: how many items there are at most; needed where `items` has no length.
         on_progress: called after every outcome.
 
     Raises:
         ConfigError: the cluster has not the resources for one worker.
         RunFailed: no worker starts, within `cluster.item_timeout_s`.
     """
-    if not items:
+    total = len(items) if isinstance(items, Sized) else total
+    assert total is not None, "a source without a length needs a total"
+    if total == 0:
         return
-    pool = _Pool(items, worker, worker_args, key, stage, cluster)
+    pool = _Pool(items, total, worker, worker_args, key, stage, cluster)
     num_failed = 0
     try:
         for number, outcome in enumerate(pool.outcomes(), start=1):
             num_failed += outcome.failure is not None
             if on_progress:
                 message = f"{num_failed} failed" if num_failed else ""
-                on_progress(Progress(stage, number, len(items), message))
+                on_progress(Progress(stage, number, total, message))
             yield outcome
     finally:
         pool.kill()
@@ -306,7 +319,8 @@ class _Pool(Generic[T, R]):
 
     def __init__(
         self,
-        items: Sequence[T],
+        items: Iterable[T | Pending],
+        total: int,
         worker: type[Worker[T, R]],
         worker_args: tuple[Any, ...],
         key: Callable[[T], str],
@@ -316,11 +330,13 @@ class _Pool(Generic[T, R]):
         import ray
 
         self._fresh = enumerate(items)
-        self._num_left = len(items)  # not yet an outcome
+        self._exhausted = False  # no fresh item will come
+        self._starved = False  # the source had none at the last look
+        self._num_open = 0  # taken from the source, and not yet an outcome
         self._key, self._stage, self._cluster = key, stage, cluster
         # One copy in the object store, however many actors fetch it.
         self._start_args = (ray.put(worker), ray.put(worker_args))
-        self._num_workers = _num_workers(cluster, len(items))
+        self._num_workers = _num_workers(cluster, total)
         self._slots: dict[Any, _Slot[T]] = {}  # by the reference that is waited for
         self._idle: list[_Slot[T]] = []
         self._waiting: list[tuple[float, int, _Task[T]]] = []  # a heap by time
@@ -331,8 +347,10 @@ class _Pool(Generic[T, R]):
     def outcomes(self) -> Iterator[Outcome[T, R]]:
         for _ in range(self._num_workers):
             self._add_actor()
-        while self._num_left and not self._settled():
+        while not self._settled():
             self._dispatch()
+            if self._finished():
+                break
             for reference in self._wait():
                 self._handle(self._slots.pop(reference), reference)
             self._kill_late()
@@ -341,6 +359,10 @@ class _Pool(Generic[T, R]):
                 yield self._ready.pop(0)
         if self._abort:
             raise self._abort
+
+    def _finished(self) -> bool:
+        """Whether every item of the source has become an outcome that the caller has seen."""
+        return self._exhausted and not self._num_open and not self._ready
 
     def _settled(self) -> bool:
         """Whether the run was aborted and nothing is in flight any more."""
@@ -375,8 +397,14 @@ class _Pool(Generic[T, R]):
     def _next_task(self) -> _Task[T] | None:
         if self._waiting and self._waiting[0][0] <= time.monotonic():
             return heapq.heappop(self._waiting)[2]
+        self._starved = False
         for index, item in self._fresh:
+            if isinstance(item, Pending):
+                self._starved = True
+                return None
+            self._num_open += 1
             return _Task(index, item)
+        self._exhausted = True
         return None
 
     # --- receiving
@@ -388,6 +416,8 @@ class _Pool(Generic[T, R]):
         until = [slot.deadline for slot in self._slots.values()]
         if self._idle and self._waiting:
             until.append(self._waiting[0][0])
+        if self._idle and self._starved:
+            until.append(now + STARVED_S)
         timeout_s = min(max(min(until, default=now) - now, 0.01), MAX_WAIT_S)
         if not self._slots:  # every actor is idle until a back-off is over
             time.sleep(timeout_s)
@@ -453,11 +483,11 @@ class _Pool(Generic[T, R]):
         heapq.heappush(self._waiting, (time.monotonic() + delay_s, task.index, task))
 
     def _finish(self, task: _Task[T], *, result: R) -> None:
-        self._num_left -= 1
+        self._num_open -= 1
         self._ready.append(Outcome(task.item, result, None))
 
     def _fail(self, task: _Task[T], code: str, cause: str, *, retryable: bool = False) -> None:
-        self._num_left -= 1
+        self._num_open -= 1
         failure = Failure(
             item=self._key(task.item),
             stage=self._stage,
@@ -524,7 +554,9 @@ def _num_workers(cluster: Cluster, num_items: int) -> int:
     import ray
 
     resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    fits = resources.get("CPU", 0.0) / cluster.cpus_per_worker
+    fits = float("inf")
+    if cluster.cpus_per_worker:
+        fits = resources.get("CPU", 0.0) / cluster.cpus_per_worker
     if cluster.gpus_per_worker:
         fits = min(fits, resources.get("GPU", 0.0) / cluster.gpus_per_worker)
     if fits < 1:
@@ -534,7 +566,7 @@ def _num_workers(cluster: Cluster, num_items: int) -> int:
             subject="cluster",
             hint="lower cpus_per_worker or gpus_per_worker",
         )
-    return min(cluster.num_workers or int(fits), num_items)
+    return int(min(cluster.num_workers or fits, num_items))
 
 
 def _kill(actor: Any) -> None:  # noqa: ANN401 - an ActorHandle

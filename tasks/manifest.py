@@ -7,14 +7,16 @@ sorted keys. A table is written once, at the end; until then a `Journal` keeps w
 from __future__ import annotations
 
 import dataclasses
-import io
+import itertools
 import json
 import logging
 import re
+import tempfile
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
 import pyarrow as pa
@@ -22,7 +24,7 @@ import pyarrow.parquet as pq
 
 from kpmask.errors import DatasetError, RunFailed, StorageError
 from kpmask.records import Failure, as_dict, digest, from_table, to_table
-from tasks.storage import ObjectStore
+from tasks.storage import ObjectStore, os_errors
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +32,8 @@ R = TypeVar("R")
 
 NUM_CODES_NAMED: Final = 3
 JOURNAL_THREADS: Final = 16
+ROWS_PER_GROUP: Final = 20_000
+BATCH_ROWS: Final = 5_000
 
 
 # --- tables ----------------------------------------------------------------------------------
@@ -38,16 +42,28 @@ JOURNAL_THREADS: Final = 16
 def write_table(
     store: ObjectStore,
     key: str,
-    records: Sequence[R],
+    records: Iterable[R],
     record_type: type[R],
     *,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Publish records as a Parquet table; `metadata` (a settings digest, say) goes into it."""
-    table = to_table(records, record_type, dict(sorted((metadata or {}).items())))
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", version="2.6")
-    store.put(key, sink.getvalue())
+    """Publish records as a Parquet table; `metadata` (a settings digest, say) goes into it.
+
+    Records are taken as they come, and memory is flat.
+    """
+    settings = dict(sorted((metadata or {}).items()))
+    stream = iter(records)
+    table = to_table(itertools.islice(stream, ROWS_PER_GROUP), record_type, settings)
+    with tempfile.TemporaryDirectory(prefix="kpmask-") as folder, os_errors(key):
+        path = Path(folder) / "table.parquet"
+        options: dict[str, Any] = {"compression": "zstd", "version": "2.6"}
+        with pq.ParquetWriter(path, table.schema, **options) as writer:
+            writer.write_table(table)
+            while (
+                table := to_table(itertools.islice(stream, ROWS_PER_GROUP), record_type, settings)
+            ).num_rows:
+                writer.write_table(table)
+        store.put_file(key, path)
 
 
 def read_table(store: ObjectStore, key: str, record_type: type[R]) -> list[R]:
@@ -57,9 +73,20 @@ def read_table(store: ObjectStore, key: str, record_type: type[R]) -> list[R]:
         StorageError: `not_found` and the like.
         DatasetError: not a Parquet file, or not of this record type.
     """
+    return list(iter_table(store, key, record_type))
+
+
+def iter_table(store: ObjectStore, key: str, record_type: type[R]) -> Iterator[R]:
+    """The records of a table, with flat memory; raises as `read_table`."""
+    path = store.local(key)
     try:
-        return from_table(pq.read_table(io.BytesIO(store.get(key))), record_type)
-    except (pa.ArrowInvalid, ValueError) as error:
+        with pq.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            if file.metadata.num_rows == 0:
+                from_table(schema.empty_table(), record_type)  # is it of this type?
+            for batch in file.iter_batches(batch_size=BATCH_ROWS):
+                yield from from_table(pa.Table.from_batches([batch], schema), record_type)
+    except (pa.ArrowInvalid, ValueError, OSError) as error:
         raise DatasetError(f"not a table: {error}", subject=f"{store.uri}/{key}") from error
 
 
@@ -73,10 +100,20 @@ def read_table_if_any(store: ObjectStore, key: str, record_type: type[R]) -> lis
         raise
 
 
+def iter_table_if_any(store: ObjectStore, key: str, record_type: type[R]) -> Iterator[R]:
+    """`iter_table`, or nothing where there is no such object."""
+    try:
+        yield from iter_table(store, key, record_type)
+    except StorageError as error:
+        if error.code != "not_found":
+            raise
+
+
 def read_table_metadata(store: ObjectStore, key: str) -> dict[str, str]:
     """What `write_table` was given as metadata, and the record's name and schema version."""
+    path = store.local(key)
     try:
-        schema = pq.read_schema(io.BytesIO(store.get(key)))
+        schema = pq.read_schema(path)
     except (pa.ArrowInvalid, ValueError) as error:
         raise DatasetError(f"not a table: {error}", subject=f"{store.uri}/{key}") from error
     return {k.decode(): v.decode() for k, v in (schema.metadata or {}).items()}
@@ -115,14 +152,26 @@ def check_failures(failures: Sequence[Failure], total: int, max_failed_fraction:
     Raises:
         RunFailed: code `too_many_failures`, naming the commonest codes and the first cause.
     """
-    if not failures or len(failures) <= max_failed_fraction * total:
+    counts = Counter(failure.code for failure in failures)
+    first = next((f for f in failures if f.code == counts.most_common(1)[0][0]), None)
+    check_counts(counts, first, total, max_failed_fraction)
+
+
+def check_counts(
+    counts: Counter[str], first: Failure | None, total: int, max_failed_fraction: float
+) -> None:
+    """`check_failures` of failures that are counted by code; `first` is one of the commonest.
+
+    Raises:
+        RunFailed: as `check_failures`.
+    """
+    if first is None or counts.total() <= max_failed_fraction * total:
         return
-    codes = Counter(failure.code for failure in failures).most_common()
+    codes = counts.most_common()
     named = ", ".join(f"{count} x {code}" for code, count in codes[:NUM_CODES_NAMED])
     more = f" and {len(codes) - NUM_CODES_NAMED} other codes" * (len(codes) > NUM_CODES_NAMED)
-    first = next(failure for failure in failures if failure.code == codes[0][0])
     raise RunFailed(
-        f"{len(failures)} of {total} items failed: {named}{more}; "
+        f"{counts.total()} of {total} items failed: {named}{more}; "
         f"for one, {first.item}: {first.cause}",
         code="too_many_failures",
         hint=f"max_failed_fraction allows {max_failed_fraction:g}",

@@ -4,70 +4,96 @@
     <out>/manifest.parquet             ClipRecord for each; written last: without it there is none
     <out>/failures.parquet             what could not be had, and why
     <out>/videos.parquet               which raw videos were read, and what became of each
-    <out>/stats.json                   DatasetManifest
-    <out>/index.html                   contact sheet
-    <out>/.work/                       of a run in progress: finished clips and its journal
+    <out>/stats.json  changes.json  versions.json    what there is, and what the last run changed
+    <out>/index.html  previews/        the page
+    <out>/.work/                       of a run in progress: finished clips and results
+    <out>/.state/                      across runs: who works here, what is to be tried again when
 
-- One item is one raw video, cut in one pass by a Ray worker. Driver and workers pass records; clips
-  go from the worker to the store.
-- A rerun does what is missing: videos that the journal or `videos.parquet` says are done, with the
-  same rows, settings and files, are not read again; neither are those whose failure no retry can
-  help. With nothing new it changes nothing.
+Stages, each a pool of Ray workers with its own resources: download, cut (one item is one raw
+video, cut in one pass), shards, previews. What passes between them are keys and records;
+back-pressure is that a stage has one item in flight for each worker, and that few downloads are
+ahead of the cutting.
+
+- A rerun does what is missing: videos whose results are in the journal of a run that was ended,
+  or in `videos.parquet`, of the same rows, settings and files, are not read again; neither are
+  those whose failure no retry can help, or whose next try is not due. With nothing new it changes
+  nothing.
+- Memory does not grow with the number of rows, videos or clips: tables lie in a `Workbook`.
 - Raw videos lie in `raw`, else in `raw/` under the dataset; downloads are kept there.
 """
 
 from __future__ import annotations
 
-import glob
+import itertools
 import logging
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Final
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Final, TypeVar
 
 from kpmask.config import PreprocessJob
-from kpmask.data.dataset import FAILURES, MANIFEST, STATS
-from kpmask.data.layouts import (
-    IMAGE_SUFFIXES,
-    VIDEO_SUFFIXES,
-    MediaSource,
-    assign_splits,
-    find_sources,
+from kpmask.data.dataset import FAILURES, MANIFEST
+from kpmask.data.duplicates import near_duplicates
+from kpmask.errors import ConfigError, QualityError, RunFailed, StorageError, WorkerError
+from kpmask.preprocess import CODE_VERSION, failure_of
+from kpmask.records import (
+    ClipRecord,
+    DatasetChanges,
+    DatasetManifest,
+    Failure,
+    Progress,
+    digest,
 )
-from kpmask.data.metadata import checked_name, leaking_rows, raw_stem, read_metadata
-from kpmask.errors import ConfigError, ItemError, RunFailed, StorageError
-from kpmask.preprocess import CODE_VERSION, failure_of, row_name
-from kpmask.records import ClipRecord, DatasetManifest, Failure, Progress, SourceRow, digest
-from kpmask.report import dataset_page
 from tasks.clip_worker import (
     PARTS,
     ClipCutter,
-    VideoItem,
     VideoResult,
-    part_key,
-    state_of,
-    video_result,
+    encoded_result,
+    given_up,
+    listed_results,
+    put_result,
+    read_result,
+    result_key,
 )
-from tasks.cluster import ray_session, run_items
-from tasks.dataset import NUM_THUMBNAILS, assemble
+from tasks.cluster import Worker, ray_session, run_items
+from tasks.fetching import fetched_ahead
+from tasks.lease import Lease, lease
 from tasks.manifest import (
-    Journal,
-    check_failures,
-    read_json,
-    read_table_if_any,
+    check_counts,
+    iter_table,
+    iter_table_if_any,
     read_table_metadata,
-    write_json,
     write_table,
 )
-from tasks.storage import ObjectInfo, ObjectStore, absolute, local_copy, open_store
+from tasks.plan import planned
+from tasks.publish import Content, ListDigest, publish, published
+from tasks.retries import Retries
+from tasks.shard_worker import (
+    Place,
+    Placer,
+    PreviewBatch,
+    PreviewedClip,
+    Previewer,
+    folders_of,
+    shards_of,
+)
+from tasks.storage import ObjectStore, absolute, open_store
+from tasks.workbook import VideoItem, Workbook
 
 log = logging.getLogger(__name__)
 
 VIDEOS: Final = "videos.parquet"
-PAGE: Final = "index.html"
 WORK: Final = ".work"
+LEASE: Final = ".state/lease"
 MAX_ROUNDS: Final = 3
+PREVIEWS_AT_ONCE: Final = 16
+READ_THREADS: Final = 16
+READ_BATCH: Final = 1000
+
+S = TypeVar("S")
 
 OnProgress = Callable[[Progress], None]
 
@@ -85,457 +111,416 @@ def preprocess(
 
     Raises:
         ConfigError: the input is missing or not what it should be.
-        RunFailed: too many items failed, or none is usable.
+        RunFailed: too many items failed, none is usable, or another run took this one's place.
         StorageError: a store does not answer.
     """
+    if not dry_run:
+        return preprocess_with_changes(job, on_progress=on_progress)[0]
+    job, out = _checked(job)
+    with (
+        tempfile.TemporaryDirectory(prefix="kpmask-plan-") as folder,
+        planned(job, Path(folder)) as (book, _),
+    ):
+        return _planned(job, out, book)
+
+
+def preprocess_with_changes(
+    job: PreprocessJob, *, on_progress: OnProgress | None = None
+) -> tuple[DatasetManifest, DatasetChanges]:
+    """`preprocess`, and what it changed; raises the same."""
     report = on_progress or (lambda progress: None)
-    job = job.model_copy(update={"out": absolute(job.out)})  # workers may be elsewhere
-    out = open_store(job.out)
-    out.exists(MANIFEST)  # a store that denies or is not there says so before any work
-    inputs = read_inputs(job)
-    if dry_run:
-        return _planned(job, out, inputs)
-    for last in (False,) * (MAX_ROUNDS - 1) + (True,):
-        try:
-            return _Run(job, out, inputs, report).run()
-        except StorageError as error:
-            # A run beside this one has published the dataset and removed what both were made from.
-            if error.code != "not_found" or last:
-                raise
-            log.info("starting over, since %s is gone", error.subject)
-    raise AssertionError("unreachable")
+    job, out = _checked(job)
+    with tempfile.TemporaryDirectory(prefix="kpmask-plan-") as folder:
+        report(Progress("plan", 0, 1))
+        with planned(job, Path(folder)) as (book, raw):
+            report(Progress("plan", 1, 1))
+            with lease(out, LEASE, on_wait=log.warning) as held:
+                return _Run(job, out, raw, book, held, report).run()
 
 
-# --- inputs ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """What a job asks for: videos with their rows, and the rows that make no sense."""
-
-    raw: ObjectStore
-    items: list[VideoItem]
-    failures: list[Failure]
-
-
-def read_inputs(job: PreprocessJob) -> Inputs:
-    """Read the table or list the videos.
-
-    Raises:
-        ConfigError: there is nothing to do, or the table is not one.
-    """
+def _checked(job: PreprocessJob) -> tuple[PreprocessJob, ObjectStore]:
+    """The job with its output made absolute, for workers may be elsewhere; and its store."""
     if job.storage.layout == "folders" and job.storage.image_format != "png":
         raise ConfigError(
             "layout folders, the original code's, holds PNG images only",
             subject="storage.image_format",
         )
-    return _table_inputs(job) if job.metadata is not None else _video_inputs(job)
+    job = job.model_copy(update={"out": absolute(job.out)})
+    out = open_store(job.out)
+    out.exists(MANIFEST)  # a store that denies or is not there says so before any work
+    return job, out
 
 
-def _table_inputs(job: PreprocessJob) -> Inputs:
-    assert job.metadata is not None
-    try:
-        rows, failures = read_metadata(local_copy(job.metadata))
-    except StorageError as error:
-        if error.code != "not_found":
-            raise
-        raise ConfigError("no such file", subject=job.metadata) from error
-    raw = open_store(job.raw) if job.raw else open_store(job.out).child("raw")
-    files: dict[str, list[ObjectInfo]] = defaultdict(list)
-    for info in raw.list():
-        path = PurePosixPath(info.key)
-        if len(path.parts) == 1 and path.suffix.lower() in VIDEO_SUFFIXES:
-            files[path.name.removesuffix(path.suffix)].append(info)
-    by_video: dict[str, list[SourceRow]] = defaultdict(list)
-    for row in rows:
-        by_video[raw_stem(row.video_id)].append(row)
-    items = []
-    for name, of_video in sorted(by_video.items()):
-        found = sorted(files.get(name, []), key=lambda info: info.key)[:1]
-        items.append(
-            VideoItem(
-                name=name,
-                rows=tuple(of_video),
-                keys=tuple(info.key for info in found),
-                is_folder=False,
-                url=next((row.url for row in of_video if row.url), None),
-                state=state_of(found),
-            )
-        )
-    return Inputs(raw, items, failures)
-
-
-def _video_inputs(job: PreprocessJob) -> Inputs:
-    assert job.videos is not None
-    raw, infos, empty = _list_videos(job.videos)
-    sources = find_sources(infos, empty_folders=empty)
-    if not sources:
-        raise ConfigError(
-            "no video, GIF or folder of images here", subject=job.videos, code="nothing_to_do"
-        )
-    failures: list[Failure] = []
-    usable = []
-    for source in sources:
-        try:
-            checked_name(source.name, what="the name")
-            usable.append(source)
-        except ItemError as error:
-            failures.append(failure_of(source.key, "metadata", error))
-    rows = _rows_of(usable, job.clips.test_fraction)
-    leaking = leaking_rows(list(rows.values()))
-    items = []
-    for source in usable:
-        row = rows[source.key]
-        if row.line in leaking:
-            failures.append(failure_of(source.key, "metadata", leaking[row.line]))
-            continue
-        items.append(
-            VideoItem(
-                name=source.name,
-                rows=(row,),
-                keys=source.files,
-                is_folder=source.is_folder,
-                url=None,
-                state=state_of([infos[key] for key in source.files]),
-            )
-        )
-    return Inputs(raw, items, failures)
-
-
-def _rows_of(sources: Sequence[MediaSource], test_fraction: float) -> dict[str, SourceRow]:
-    """A row for each whole video, by its key: in the split of its folder, or in a drawn one."""
-    free = [source.identity for source in sources if source.partition is None]
-    drawn = assign_splits(free, test_fraction=test_fraction)
-    return {
-        source.key: SourceRow(
-            line=number,
-            video_id=source.name,
-            partition=source.partition or drawn[source.identity],
-            identity=source.identity,
-        )
-        for number, source in enumerate(sources)
-    }
-
-
-def _list_videos(uri: str) -> tuple[ObjectStore, dict[str, ObjectInfo], list[str]]:
-    """The store, its files by key, and its empty folders, of a folder, a pattern or one file."""
-    if "://" in uri:
-        store = open_store(uri)
-        return store, {info.key: info for info in store.list()}, []
-    path = Path(uri)
-    if path.is_dir():
-        matches, root = [path], path
-    elif path.exists():
-        matches, root = [path], path.parent
-    else:
-        root = _fixed_part(path)
-        matches = sorted(root.glob(str(path.relative_to(root))))
-    paths = {p for match in matches for p in [match, *match.rglob("*")]} - {root}
-    keys = {str(p.relative_to(root)): p for p in paths}
-    store = open_store(str(root))
-    infos = {info.key: info for info in store.list() if info.key in keys}
-    empty = [key for key, p in keys.items() if p.is_dir() and not _shown(p)]
-    return store, infos, [key for key in empty if not key.startswith(".") and "/." not in key]
-
-
-def _shown(folder: Path) -> bool:
-    """Whether there is anything in a folder that is not hidden."""
-    return any(not path.name.startswith(".") for path in folder.iterdir())
-
-
-def _fixed_part(pattern: Path) -> Path:
-    """The folder before the first part of a path with a wildcard in it."""
-    parts = []
-    for part in pattern.parts[:-1]:
-        if glob.has_magic(part):
-            break
-        parts.append(part)
-    return Path(*parts)
-
-
-def _planned(job: PreprocessJob, out: ObjectStore, inputs: Inputs) -> DatasetManifest:
-    rows = [row for item in inputs.items for row in item.rows]
+def _planned(job: PreprocessJob, out: ObjectStore, book: Workbook) -> DatasetManifest:
+    counts = book.counts()
     return DatasetManifest(
         uri=out.uri,
         dataset_id="",
         settings_digest=settings_digest(job),
-        num_train=sum(row.partition == "train" for row in rows),
-        num_test=sum(row.partition == "test" for row in rows),
+        num_train=counts.get("train", 0),
+        num_test=counts.get("test", 0),
         num_frames=0,
-        num_failures=len(inputs.failures),
+        num_failures=counts["failures"],
     )
-
-
-# --- the run ---------------------------------------------------------------------------------
 
 
 def settings_digest(job: PreprocessJob) -> str:
     """A digest of the settings that shape a dataset."""
-    return digest(
-        {
-            "clips": job.clips.digest(),
-            "storage": job.storage.digest(),
-            "limits": job.limits.digest(),
-            "version": CODE_VERSION,
-        }
-    )
+    parts = [job.clips, job.storage, job.limits, job.subject, job.quality, job.robonet]
+    return digest([CODE_VERSION, job.source_kind, *(part.digest() for part in parts)])
 
 
-def _cut_digest(job: PreprocessJob) -> str:
+def cut_digest(job: PreprocessJob) -> str:
     """A digest of the settings that shape what becomes of one video."""
-    clips = job.clips.model_dump(mode="json", exclude={"test_fraction"})
+    clips = job.clips.model_dump(mode="json", exclude={"test_fraction", "test_identities"})
     images = job.storage.model_dump(mode="json", include={"image_format", "jpeg_quality"})
-    return digest([CODE_VERSION, clips, images, job.limits.digest(), job.download.enabled])[:16]
+    parts = [job.limits, job.subject, job.quality, job.robonet]
+    return digest(
+        [CODE_VERSION, clips, images, job.download.enabled, *(part.digest() for part in parts)]
+    )[:16]
 
 
 class _Run:
     """One go at a dataset."""
 
     def __init__(
-        self, job: PreprocessJob, out: ObjectStore, inputs: Inputs, report: OnProgress
+        self,
+        job: PreprocessJob,
+        out: ObjectStore,
+        raw: ObjectStore,
+        book: Workbook,
+        held: Lease,
+        report: OnProgress,
     ) -> None:
-        self._job = job
-        self._out = out
-        self._inputs = inputs
+        self._job, self._out, self._raw, self._book = job, out, raw, book
+        self._held = held
         self._report = report
-        self._cut_digest = _cut_digest(job)
+        self._cut_digest = cut_digest(job)
         self._work = f"{WORK}/{self._cut_digest}"
-        self._journal = Journal(out, f"{self._work}/journal", VideoResult)
-        before = read_table_if_any(out, MANIFEST, ClipRecord) or []
-        self._before = {clip.clip_id: clip for clip in before}
+        self._retries = Retries(
+            out,
+            backoff_s=job.retry.backoff_s,
+            max_backoff_s=job.retry.max_backoff_s,
+            max_attempts=job.retry.max_attempts,
+        )
+        self._settings_digest = settings_digest(job)
+        self._is_whole = True  # the dataset as it is
+        self._num_retried = 0
+        self._num_waiting = 0
+        self._sessions = ExitStack()
+        self._has_ray = False
 
-    def run(self) -> DatasetManifest:
-        results = self._finished()
-        todo = [item for item in self._inputs.items if item.item_id not in results]
-        if todo:
-            results |= self._cut(todo)
-        ordered = [results[item.item_id] for item in self._inputs.items]
-        clips = [clip for result in ordered for clip in result.clip_records()]
-        failures = self._failures(ordered)
-        self._check(clips, failures)
-        same = self._published(clips, failures)
-        manifest = same or self._publish(clips, failures, ordered)
+    def run(self) -> tuple[DatasetManifest, DatasetChanges]:
+        with self._sessions:
+            self._out.sweep()
+            self._begin()
+            for _ in range(MAX_ROUNDS):
+                self._cut()
+                self._collect()
+                if not self._cut_again():
+                    break
+            else:
+                raise StorageError("clips vanish as they are made", subject=self._out.uri)
+            self._check()
+            content = self._content()
+            done = self._published(content) or self._publish(content)
         self._tidy()
-        return manifest
+        return done
+
+    def _start_ray(self) -> None:
+        """Ray for the rest of the run, once there is work for it."""
+        if not self._has_ray:
+            self._sessions.enter_context(ray_session())
+            self._has_ray = True
+
+    def _cut_again(self) -> bool:
+        """Whether clips are gone that results promise; those results are forgotten."""
+        gone = self._book.redo_homeless()
+        for item, state, retry in gone:
+            self._out.delete(result_key(self._work, item, state, retryable=retry))
+        return self._book.num_todo() > 0
 
     # --- what is done
 
-    def _finished(self) -> dict[str, VideoResult]:
-        """Results of earlier runs that still hold, by item id."""
-        known = {**self._ledger(), **self._journal.done()}
-        parts, there = self._parts(), self._there()
-        finished = {}
-        for item in self._inputs.items:
-            result = known.get(item.item_id)
-            if (
-                result is not None
-                and result.state == item.state
-                and not any(failure.retryable for failure in result.failure_records())
-                and all(c.clip_id in parts or self._usable(c, there) for c in result.clip_records())
-            ):
-                finished[item.item_id] = result
-        return finished
+    def _begin(self) -> None:
+        """Take stock: the dataset as it is, and the results that there are."""
+        book, out = self._book, self._out
+        book.begin()
+        book.add_before(
+            iter_table_if_any(out, MANIFEST, ClipRecord), iter_table_if_any(out, FAILURES, Failure)
+        )
+        there = {i.key for split in ("train/", "test/") for i in out.list(split)}
+        there |= {key.rpartition("/")[0] for key in there}
+        gone = [key for key in book.before_shards() if key not in there]
+        book.lose_shards(gone)
+        self._is_whole = not gone
+        book.set_earlier(self._ledger(), place="ledger")
 
-    def _ledger(self) -> dict[str, VideoResult]:
+    def _ledger(self) -> Iterator[tuple[str, str, bool]]:
         """The results that the dataset as it is was made from, if its clips were cut alike."""
         try:
             metadata = read_table_metadata(self._out, VIDEOS)
         except StorageError as error:
             if error.code == "not_found":
-                return {}
+                return
             raise
-        if metadata.get("cut_digest") != self._cut_digest:
-            return {}
-        results = read_table_if_any(self._out, VIDEOS, VideoResult) or []
-        return {result.item_id: result for result in results}
+        if metadata.get("cut_digest") == self._cut_digest:
+            for result in iter_table(self._out, VIDEOS, VideoResult):
+                yield result.item_id, result.state, result.retryable
 
-    def _parts(self) -> set[str]:
-        """Ids of the clips that are finished and wait."""
-        return {PurePosixPath(info.key).stem for info in self._out.list(f"{self._work}/{PARTS}/")}
-
-    def _there(self) -> set[str]:
-        """The shards, or folders of clips, that the dataset as it is has."""
-        keys = {info.key for prefix in ("train/", "test/") for info in self._out.list(prefix)}
-        return keys | {str(PurePosixPath(key).parent) for key in keys}
-
-    def _usable(self, clip: ClipRecord, there: set[str]) -> bool:
-        """Whether the dataset as it is has a clip where the new one can take it from."""
-        old = self._before.get(clip.clip_id)
-        if old is None or old.shard not in there:
-            return False
-        return old.shard.endswith(".arrow") or self._in_place(clip, old)
-
-    def _in_place(self, clip: ClipRecord, old: ClipRecord) -> bool:
-        folders = self._job.storage.layout == "folders"
-        return folders and old.shard == f"{clip.partition}/{clip.name}"
+    def _choose(self) -> None:
+        """Find what is done, in the journal or in the ledger, and what has to wait."""
+        book = self._book
+        book.set_earlier(listed_results(self._out, self._work), place="journal")
+        book.choose()
+        again = set(book.retryable())
+        waiting = {item for item in again if not self._retries.due(item)}
+        self._num_waiting, self._num_retried = len(waiting), len(again) - len(waiting)
+        if waiting:
+            book.choose(waiting=waiting)
 
     # --- cutting
 
-    def _cut(self, todo: list[VideoItem]) -> dict[str, VideoResult]:
-        done: dict[str, VideoResult] = {}
-        with ray_session():
+    def _cut(self) -> None:
+        self._choose()
+        todo = self._book.num_todo()
+        if not todo:
+            return
+        self._start_ray()
+        try:
+            self._cut_items(todo)
+        finally:
+            self._retries.save()
+        # What failed for a passing reason in this run has its result now.
+        self._book.set_earlier(listed_results(self._out, self._work), place="journal")
+        tried = set(self._book.retryable())
+        self._book.choose(waiting=tried)
+        lacking = self._book.num_todo()
+        if lacking:
+            raise StorageError(f"{lacking} results are gone", subject=self._out.uri)
+
+    def _cut_items(self, todo: int) -> None:
+        counter = _Counter("preprocess", todo, self._report)
+
+        def lost(item: VideoItem, failure: Failure) -> None:
+            if failure.stage == "download" and failure.code in WorkerError.codes:
+                put_result(self._out, self._work, given_up(item, failure))
+            if failure.retryable:
+                self._retries.failed(item.item_id, failure.code)
+            counter.add(failed=True)
+
+        work = (self._job, self._raw.uri, self._work)
+        with fetched_ahead(self._book.todo(), todo, *work, on_lost=lost) as items:
             outcomes = run_items(
-                todo,
+                items,
                 ClipCutter,
-                (self._job, self._inputs.raw.uri, self._work),
+                work,
                 key=lambda item: item.name,
                 stage="preprocess",
                 cluster=self._job.cluster,
-                on_progress=self._report,
+                total=todo,
             )
             for outcome in outcomes:
-                item = outcome.item
-                if outcome.result is not None:
-                    self._journal.add(item.item_id, outcome.result)
-                    done[item.item_id] = outcome.result
+                self._held.check()
+                if outcome.failure is not None:
+                    put_result(self._out, self._work, given_up(outcome.item, outcome.failure))
+                    self._retries.failed(outcome.item.item_id, outcome.failure.code)
                 else:
-                    assert outcome.failure is not None
-                    done[item.item_id] = _given_up(item, outcome.failure)
-        return done
+                    self._retries.done(outcome.item.item_id)
+                counter.add(failed=not outcome.result)
 
-    def _failures(self, results: Sequence[VideoResult]) -> list[Failure]:
-        found = [failure for result in results for failure in result.failure_records()]
-        return sorted(
-            [*self._inputs.failures, *found], key=lambda f: (f.item, f.stage, f.code, f.cause)
+    # --- collecting
+
+    def _collect(self) -> None:
+        """Put the chosen results into the workbook, and find what repeats."""
+        book = self._book
+        book.clear_results()
+        book.add_results(self._results())
+        book.place_clips(
+            (info.key for info in self._out.list(f"{self._work}/{PARTS}/")),
+            as_folders=self._job.storage.layout == "folders",
         )
+        book.index_clips()
+        if self._job.quality.duplicates == "drop":
+            self._mark_repeats()
 
-    def _check(self, clips: Sequence[ClipRecord], failures: Sequence[Failure]) -> None:
+    def _results(self) -> Iterator[tuple[str, str, Sequence[ClipRecord], Sequence[Failure]]]:
+        for result in self._chosen_results():
+            stored = encoded_result(result.placeless())
+            yield result.item_id, stored, result.clip_records(), result.failure_records()
+
+    def _chosen_results(self) -> Iterator[VideoResult]:
+        book = self._book
+        for result in iter_table_if_any(self._out, VIDEOS, VideoResult):
+            if book.is_chosen(result.item_id, "ledger"):
+                yield result
+        chosen = book.chosen()
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            while batch := list(itertools.islice(chosen, READ_BATCH)):
+                yield from pool.map(self._read_result, batch)
+
+    def _read_result(self, chosen: tuple[str, str, bool]) -> VideoResult:
+        item, state, retry = chosen
+        return read_result(self._out.get(result_key(self._work, item, state, retryable=retry)))
+
+    def _mark_repeats(self) -> None:
+        """Reject clips that repeat one before them: test clips come first, then by name."""
+        book = self._book
+        book.mark_repeats()
+        exact = dict(book.twins())
+        bits = self._job.quality.max_hash_bits
+        found = near_duplicates(book.looks(), max_bits=bits) if bits is not None else []
+        pairs = [(later, first) for later, first in enumerate(found) if first >= 0]
+        names = book.names_at([position for pair in pairs for position in pair])
+        near = {names[later]: names[first] for later, first in pairs}
+        book.mark_twins(near)
+        failures = [_repeat(name, twin, "duplicate") for name, twin in exact.items()]
+        book.add_failures(failures + [_repeat(n, t, "near_duplicate") for n, t in near.items()])
+
+    def _check(self) -> None:
         """End the run where too little is left of what was asked for.
 
         Raises:
             RunFailed: `no_output`, `too_many_failures`.
         """
-        kept = {clip.name for clip in clips}
-        if self._job.videos is not None:
-            kept |= {clip.video_id for clip in clips}
-        lost = [f for f in failures if f.code != "duplicate_row" and f.item not in kept]
+        book = self._book
+        counts, first = book.lost(by_video=self._job.videos is not None)
+        kept = book.num_clips()
         try:
-            if not clips:
-                first = f"; for one, {lost[0].item}: {lost[0].cause}" if lost else ""
-                raise RunFailed(f"not one clip: {len(lost)} items failed{first}", code="no_output")
-            check_failures(lost, len(clips) + len(lost), self._job.max_failed_fraction)
+            if not kept:
+                why = f"; for one, {first.item}: {first.cause}" if first else ""
+                raise RunFailed(
+                    f"not one clip: {counts.total()} items failed{why}", code="no_output"
+                )
+            check_counts(counts, first, kept + counts.total(), self._job.max_failed_fraction)
         except RunFailed:
-            if not self._before:  # beside an older dataset they would say they are its own
-                write_table(self._out, FAILURES, failures, Failure)
+            if not self._out.exists(MANIFEST):  # beside a dataset they would say they are its own
+                write_table(self._out, FAILURES, book.failures(), Failure)
             raise
 
     # --- publishing
 
-    def _content(self, clips: Sequence[ClipRecord], failures: Sequence[Failure]) -> str:
+    def _content(self) -> str:
         """A digest of all that a dataset's files are made from."""
-        what = sorted([c.clip_id, c.name, c.partition, c.identity, c.video_id] for c in clips)
-        return digest([what, [[f.item, f.stage, f.code, f.cause] for f in failures]])
+        what = ListDigest()
+        for clip in self._book.clips():
+            what.add([clip.clip_id, clip.name, clip.partition, clip.identity, clip.video_id])
+        for failure in self._book.failures():
+            what.add([failure.item, failure.stage, failure.code, failure.cause])
+        return what.hexdigest()
 
-    def _published(
-        self, clips: Sequence[ClipRecord], failures: Sequence[Failure]
-    ) -> DatasetManifest | None:
+    def _published(self, content: str) -> tuple[DatasetManifest, DatasetChanges] | None:
         """The dataset as it is, if it is already what it should become."""
-        if not self._before or not all(self._out.exists(key) for key in (STATS, FAILURES, PAGE)):
+        if not self._is_whole:
             return None
-        metadata = read_table_metadata(self._out, MANIFEST)
-        wanted = {"settings_digest": settings_digest(self._job)}
-        wanted["content"] = self._content(clips, failures)
-        if any(metadata.get(key) != value for key, value in wanted.items()):
+        found = published(self._out, content=content, settings_digest=self._settings_digest)
+        if found is None:
             return None
-        manifest = DatasetManifest(**read_json(self._out, STATS))
-        return manifest if manifest.uri == self._out.uri else None
+        manifest, changes = found
+        return manifest, replace(changes, retried=self._num_retried, waiting=self._num_waiting)
 
-    def _publish(
-        self,
-        clips: Sequence[ClipRecord],
-        failures: Sequence[Failure],
-        results: Sequence[VideoResult],
-    ) -> DatasetManifest:
-        if self._job.storage.layout == "folders":
-            self._make_way(clips)
-        assembled = assemble(
+    def _publish(self, content: str) -> tuple[DatasetManifest, DatasetChanges]:
+        book = self._book
+        folders = [key for key in book.before_shards() if not key.endswith(".arrow")]
+        self._place(set(folders))
+        self._held.check()
+        write_table(
             self._out,
-            clips,
-            storage=self._job.storage,
-            locate=self._locate(),
-            in_place={
-                clip.clip_id
-                for clip in clips
-                if (old := self._before.get(clip.clip_id)) and self._in_place(clip, old)
-            },
-            on_done=lambda done, total: self._report(Progress("shards", done, total)),
+            VIDEOS,
+            (read_result(data) for data in book.results()),
+            VideoResult,
+            metadata={"cut_digest": self._cut_digest},
         )
-        manifest = DatasetManifest(
-            uri=self._out.uri,
-            dataset_id=digest([[c.clip_id, c.partition, c.identity] for c in assembled.clips]),
-            settings_digest=settings_digest(self._job),
-            num_train=sum(clip.partition == "train" for clip in clips),
-            num_test=sum(clip.partition == "test" for clip in clips),
-            num_frames=sum(clip.num_frames for clip in clips),
-            num_failures=len(failures),
+        counts = {"retried": self._num_retried, "waiting": self._num_waiting}
+        what = Content(
+            clips=book.clips,
+            failures=book.failures,
+            settings_digest=self._settings_digest,
+            changes=book.changes() | counts,
+            metadata={"content": content},
+            keep_versions=self._job.storage.keep_versions,
+            folders_before=folders,
         )
-        metadata = {
-            "settings_digest": manifest.settings_digest,
-            "dataset_id": manifest.dataset_id,
-            "content": self._content(clips, failures),
-        }
-        page = dataset_page(
-            title=PurePosixPath(self._out.uri).name,
-            manifest=manifest,
-            clips=assembled.clips,
-            failures=failures,
-            thumbnails=assembled.thumbnails,
-            limit=NUM_THUMBNAILS,
+        return publish(self._out, what, draw_previews=self._draw_previews)
+
+    def _place(self, folders: set[str]) -> None:
+        """Put the clips into their shards or folders, as far as they are not there."""
+        book, as_folders = self._book, self._job.storage.layout == "folders"
+        book.set_places(
+            (clip.clip_id, place.key, row)
+            for place in self._places()
+            for row, clip in enumerate(place.clips)
         )
-        write_table(self._out, FAILURES, failures, Failure, metadata=metadata)
-        cut = {"cut_digest": self._cut_digest}
-        write_table(self._out, VIDEOS, results, VideoResult, metadata=cut)
-        self._out.put(PAGE, page.encode())
-        write_json(self._out, STATS, manifest)
-        write_table(self._out, MANIFEST, assembled.clips, ClipRecord, metadata=metadata)
-        self._remove_old(assembled.clips)
-        return manifest
+        if as_folders and book.changes_folders():
+            self._out.delete(MANIFEST)  # its folders are about to change
+        there = {i.key for part in ("train", "test") for i in self._out.list(f"{part}/shard-")}
 
-    def _locate(self) -> Callable[[str], tuple[Path, int]]:
-        """Where the images of a clip are: in a part of this run, or in the dataset before it."""
-        parts = self._parts()
+        def lacks(place: Place) -> bool:
+            if as_folders:
+                return place.clips[0].source != place.key or place.key not in folders
+            return place.key not in there
 
-        def locate(clip_id: str) -> tuple[Path, int]:
-            old = self._before.get(clip_id)
-            if clip_id in parts or old is None or not old.shard.endswith(".arrow"):
-                return self._out.local(part_key(self._work, clip_id)), 0
-            return self._out.local(old.shard), old.row
+        total = sum(len(place.clips) for place in self._places() if lacks(place))
+        counter = _Counter("shards", total, self._report)
+        for place in self._run_stage(filter(lacks, self._places()), Placer, "shards", total):
+            counter.add(count=len(place.clips))
 
-        return locate
+    def _places(self) -> Iterator[Place]:
+        if self._job.storage.layout == "folders":
+            return folders_of(self._book.sources())
+        size = self._job.storage.clips_per_shard
+        return shards_of(self._book.sources(), clips_per_shard=size)
 
-    def _make_way(self, clips: Sequence[ClipRecord]) -> None:
-        """Take back a manifest whose folders are about to change."""
-        ids = {f"{clip.partition}/{clip.name}": clip.clip_id for clip in clips}
-        if any(ids.get(old.shard) != old.clip_id for old in self._before.values()):
-            self._out.delete(MANIFEST)
+    def _draw_previews(self, clips: Sequence[PreviewedClip]) -> None:
+        batches = [
+            PreviewBatch(tuple(clips[start : start + PREVIEWS_AT_ONCE]))
+            for start in range(0, len(clips), PREVIEWS_AT_ONCE)
+        ]
+        counter = _Counter("previews", len(clips), self._report)
+        for batch in self._run_stage(batches, Previewer, "previews", len(batches)):
+            counter.add(count=len(batch.clips))
 
-    def _remove_old(self, clips: Sequence[ClipRecord]) -> None:
-        """Remove the images of the dataset before, as far as this one does not use them."""
-        for key in sorted({c.shard for c in self._before.values()} - {c.shard for c in clips}):
-            if key.endswith(".arrow"):
-                self._out.delete(key)
-                continue
-            for info in list(self._out.list(f"{key}/")):
-                if PurePosixPath(info.key).suffix in IMAGE_SUFFIXES:
-                    self._out.delete(info.key)
+    def _run_stage(
+        self, items: Iterable[S], worker: type[Worker[S, None]], stage: str, total: int
+    ) -> Iterator[S]:
+        """Items of a stage that must all succeed, as they are done."""
+        if not total:
+            return
+        self._start_ray()
+        cluster = self._job.cluster
+        args = (self._out.uri, self._job.storage.layout == "folders")
+        for outcome in run_items(
+            items, worker, args, key=str, stage=stage, cluster=cluster, total=total
+        ):
+            self._held.check()
+            if outcome.failure is not None:
+                raise RunFailed(
+                    f"{stage}: {outcome.failure.cause}", subject=self._out.uri, code="no_output"
+                )
+            yield outcome.item
 
     def _tidy(self) -> None:
         """Remove what was needed on the way, now that the manifest is out."""
-        for info in list(self._out.list(f"{WORK}/")):
-            self._out.delete(info.key)
+        keys = [info.key for info in self._out.list(f"{WORK}/")]
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            for _ in pool.map(self._out.delete, keys):
+                pass
 
 
-def _given_up(item: VideoItem, failure: Failure) -> VideoResult:
-    """The result of a video whose worker died, took too long or has a bug: a rerun tries again."""
-    failures = [
-        Failure(
-            item=row_name(row),
-            stage=failure.stage,
-            code=failure.code,
-            cause=failure.cause,
-            retryable=True,
-            attempts=failure.attempts,
-        )
-        for row in item.rows
-    ]
-    return video_result(item, failures=failures)
+def _repeat(name: str, twin: str, code: str) -> Failure:
+    how = "has the frames of" if code == "duplicate" else "looks like"
+    return failure_of(name, "quality", QualityError(f"{how} {twin}", code=code))
+
+
+class _Counter:
+    """Progress of a stage."""
+
+    def __init__(self, stage: str, total: int, report: OnProgress) -> None:
+        self._stage, self._total, self._report = stage, total, report
+        self._done = self._failed = 0
+
+    def add(self, *, count: int = 1, failed: bool = False) -> None:
+        self._done += count
+        self._failed += failed
+        message = f"{self._failed} failed" if self._failed else ""
+        self._report(Progress(self._stage, self._done, self._total, message))

@@ -24,6 +24,8 @@ from kpmask.records import ClipRecord, Partition, from_table
 MANIFEST = "manifest.parquet"
 FAILURES = "failures.parquet"
 STATS = "stats.json"
+CHANGES = "changes.json"
+VERSIONS = "versions.json"
 
 
 class Dataset:
@@ -76,6 +78,11 @@ class Dataset:
             return path.read_bytes()
         except OSError as error:
             raise DatasetError(error.strerror or str(error), subject=record.name) from error
+
+
+def version_key(version: int) -> str:
+    """Where an older manifest is kept, whose shards are kept too."""
+    return f"versions/{version:06d}.parquet"
 
 
 def with_holdout(records: Sequence[ClipRecord], fraction: float) -> list[ClipRecord]:

@@ -44,9 +44,14 @@ class MediaSource:
     files: tuple[str, ...]
 
     @property
+    def own_name(self) -> str:
+        """The file's or folder's name, without folders above and suffix; not unique."""
+        return PurePosixPath(self.key).name if self.is_folder else _stem(self.key)
+
+    @property
     def identity(self) -> str:
         """The part of the file's name before any `#`."""
-        return identity_of(PurePosixPath(self.key).name if self.is_folder else _stem(self.key))
+        return identity_of(self.own_name)
 
     @property
     def is_folder(self) -> bool:
@@ -63,7 +68,12 @@ def frame_key(folder: str, number: int) -> str:
     return f"{folder}/{number:07d}.png"
 
 
-def find_sources(keys: Iterable[str], *, empty_folders: Iterable[str] = ()) -> list[MediaSource]:
+def find_sources(
+    keys: Iterable[str],
+    *,
+    empty_folders: Iterable[str] = (),
+    suffixes: Collection[str] | None = None,
+) -> list[MediaSource]:
     """The videos among the files of a root, sorted by key.
 
     Hidden files and files that are neither videos nor images are left out.
@@ -72,7 +82,11 @@ def find_sources(keys: Iterable[str], *, empty_folders: Iterable[str] = ()) -> l
         keys: paths of files, relative to the root, parts joined by `/`.
         empty_folders: folders without a visible file; each is a source without files, so that it
             can be reported.
+        suffixes: the only files that count, each one source; None: videos and images.
     """
+    if suffixes is not None:
+        keys = [key for key in keys if PurePosixPath(key).suffix.lower() in suffixes]
+        empty_folders = ()
     folders: dict[str, list[str]] = defaultdict(list)
     found: dict[str, tuple[str, ...]] = {folder: () for folder in empty_folders}
     for key in sorted(keys):
@@ -83,7 +97,7 @@ def find_sources(keys: Iterable[str], *, empty_folders: Iterable[str] = ()) -> l
         deep = len(path.parts) > (2 if path.parts[0] in SPLITS else 1)
         if suffix in IMAGE_SUFFIXES and deep:
             folders[str(path.parent)].append(key)
-        elif suffix in IMAGE_SUFFIXES | VIDEO_SUFFIXES:
+        elif suffixes is not None or suffix in IMAGE_SUFFIXES | VIDEO_SUFFIXES:
             found[key] = (key,)
     found |= {folder: tuple(files) for folder, files in folders.items()}
     names = _unique_names(found)

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from tasks.dataset import open_dataset
 from tasks.manifest import read_table
 from tasks.preprocess import preprocess
 from tasks.storage import open_store
+from tasks.workbook import VideoItem, Workbook
 
 HEADER = "video_id,start,end,bbox,fps,width,height,partition,person_id"
 NUM_FRAMES = 48
@@ -156,22 +157,22 @@ def test_files_of_a_dataset(made: tuple[Path, DatasetManifest]) -> None:
     out, manifest = made
     names = sorted(tree_of(out))
     shards = [name for name in names if name.endswith(".arrow")]
-    assert [shard.split("-")[:2] for shard in shards] == [
-        ["test/shard", "00000"],
-        ["train/shard", "00000"],
-        ["train/shard", "00001"],
-    ]
-    assert sorted(set(names) - set(shards)) == [
+    assert {shard.split("-")[0] for shard in shards} == {"test/shard", "train/shard"}
+    records = open_dataset(str(out)).records
+    assert sorted({clip.shard for clip in records}) == shards
+    previews = [f"previews/{clip.clip_id}.jpg" for clip in records]
+    assert sorted(set(names) - set(shards) - set(previews)) == [
+        "changes.json",
         "failures.parquet",
         "index.html",
         "manifest.parquet",
         "stats.json",
+        "versions.json",
         "videos.parquet",
     ]
+    assert set(previews) <= set(names)
     assert json.loads((out / "stats.json").read_text())["dataset_id"] == manifest.dataset_id
-    page = (out / "index.html").read_text()
-    assert page.count("data:image/jpeg") >= 5
-    assert "p4#d d#000010#000030" in page
+    assert "p4#d d#000010#000030" in (out / "index.html").read_text()
 
 
 def test_rerun_changes_nothing(
@@ -200,7 +201,8 @@ def test_same_input_gives_the_same_bytes_anywhere(
     assert [(p.done, p.total) for p in progress if p.stage == "preprocess"] == [
         (i, 4) for i in range(1, 5)
     ]
-    assert (progress[-1].stage, progress[-1].done, progress[-1].total) == ("shards", 5, 5)
+    last = {p.stage: (p.done, p.total) for p in progress}
+    assert last == {"plan": (1, 1), "preprocess": (4, 4), "shards": (5, 5), "previews": (5, 5)}
 
 
 # --- incremental -----------------------------------------------------------------------------
@@ -236,9 +238,14 @@ def recorded_cuts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     original: Callable[..., object] = module.run_items
 
-    def recording(items: list[object], *args: object, **kwargs: object) -> object:
-        names.extend(item.name for item in items)  # type: ignore[attr-defined]
-        return original(items, *args, **kwargs)
+    def recording(items: Iterable[object], *args: object, **kwargs: object) -> object:
+        def passed() -> Iterator[object]:
+            for item in items:
+                if isinstance(item, VideoItem):
+                    names.append(item.name)
+                yield item
+
+        return original(passed(), *args, **kwargs)
 
     monkeypatch.setattr(module, "run_items", recording)
     return names
@@ -312,12 +319,12 @@ def test_killed_half_way_and_run_again(
     process = started(one)
     journal = tmp_path / "killed" / ".work"
     deadline = time.monotonic() + 120
-    while len(list(journal.glob("*/journal/done/*.json"))) < 3:
+    while len(list(journal.glob("*/results/*.json"))) < 3:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    done = len(list(journal.glob("*/journal/done/*.json")))
+    done = len(list(journal.glob("*/results/*.json")))
     assert not (tmp_path / "killed" / "manifest.parquet").exists()
     cut = recorded_cuts(monkeypatch)
     preprocess(one)
@@ -345,24 +352,26 @@ def test_two_runs_at_once(raw: Path, table: Path, tmp_path: Path) -> None:
         open_dataset(one.out).read(clip, [0])
 
 
-def test_what_another_run_removed_is_made_again(
+def test_what_somebody_removed_is_made_again(
     raw: Path, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another run ends while this one is about to put its shards together."""
-    from tasks import preprocess as module
-
-    original = module.assemble
+    """Images that results promise are gone: before they lie in shards, and after."""
     calls = []
 
-    def late(*args: object, **kwargs: object) -> object:
+    def placed(book: Workbook, parts: Iterable[str], *, as_folders: bool) -> None:
         if not calls:
             calls.append(1)
-            shutil.rmtree(tmp_path / "out" / ".work")
-        return original(*args, **kwargs)  # type: ignore[arg-type]
+            next((tmp_path / "out").glob(".work/*/parts/*.arrow")).unlink()
+        place_clips(book, parts, as_folders=as_folders)
 
-    monkeypatch.setattr(module, "assemble", late)
+    place_clips = Workbook.place_clips
+    monkeypatch.setattr(Workbook, "place_clips", placed)
     assert preprocess(job(tmp_path / "out", metadata=table, raw=raw)).num_train == 3
     assert [clip.name for clip in open_dataset(str(tmp_path / "out")).records] == NAMES
+    next((tmp_path / "out" / "train").glob("*.arrow")).unlink()
+    assert preprocess(job(tmp_path / "out", metadata=table, raw=raw)).num_train == 3
+    for clip in open_dataset(str(tmp_path / "out")).records:
+        open_dataset(str(tmp_path / "out")).read(clip, [0])
 
 
 # --- bad input -------------------------------------------------------------------------------
@@ -399,7 +408,7 @@ def test_too_many_failures_end_the_run_and_keep_what_is_done(
     assert failed.value.code == "too_many_failures"
     assert len(failures_of(out)) == 2
     assert not (out / "manifest.parquet").exists()
-    monkeypatch.setattr("tasks.preprocess.run_items", None)  # nothing is cut again
+    monkeypatch.setattr("tasks.preprocess.fetched_ahead", None)  # nothing is cut again
     manifest = preprocess(job(out, metadata=metadata, raw=raw, max_failed_fraction=0.7))
     assert (manifest.num_train, manifest.num_failures) == (1, 2)
 
@@ -441,14 +450,13 @@ def test_video_that_goes_away_while_we_work(
 
     some = tmp_path / "raw"
     shutil.copytree(raw, some)
-    original = module.read_inputs
+    original = module.fetched_ahead
 
-    def late(one: PreprocessJob) -> object:
-        inputs = original(one)
+    def late(*args: object, **kwargs: object) -> object:
         (some / "bbb.mp4").unlink(missing_ok=True)
-        return inputs
+        return original(*args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module, "read_inputs", late)
+    monkeypatch.setattr(module, "fetched_ahead", late)
     preprocess(job(tmp_path / "out", metadata=table, raw=some))
     assert codes_of(tmp_path / "out") == {"p2#bbb#000008#000040": "missing_raw"}
 
