@@ -201,6 +201,10 @@ def _downloader(options: dict[str, Any], download: Download, patience: Patience)
     """A YoutubeDL that opens addresses through one handler, which checks every one of them."""
     import yt_dlp
     from yt_dlp.networking._urllib import HTTPHandler, UrllibRH
+    from yt_dlp.postprocessor.ffmpeg import FFmpegPostProcessor
+
+    # Where yt-dlp looks when it asks whether there is an FFmpeg at all, as its command line does.
+    FFmpegPostProcessor._ffmpeg_location.set(options["ffmpeg_location"])
 
     class CheckingRH(UrllibRH):  # type: ignore[misc]
         _SUPPORTED_URL_SCHEMES = ("http", "https")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gc
 import http.server
+import ssl
 import threading
+import time
+import urllib.parse
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,14 +18,22 @@ class Server(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, video: bytes, host: str) -> None:
-        super().__init__((host, 0), Handler)
+    def __init__(
+        self, video: bytes, host: str, port: int = 0, tls: ssl.SSLContext | None = None
+    ) -> None:
+        super().__init__((host, port), Handler)
+        if tls is not None:
+            self.socket = tls.wrap_socket(self.socket, server_side=True)
         self.video = video
         self.requests: list[tuple[str, str, str | None, str | None]] = []
         self.counts: Counter[str] = Counter()
         self.port = self.server_address[1]
         self.url = f"http://{host}:{self.port}"
         self.stopping = threading.Event()
+        self.authorizations: list[str | None] = []
+        self.targets: list[str] = []
+        self.lock = threading.Lock()
+        self.at_once = self.most_at_once = 0
         self.extra: dict[str, str] = {}  # more headers, for whole files and ranges
         self.other = ""  # where `to_other` leads
 
@@ -36,7 +47,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        path = self.path.split("?")[0]
+        path = urllib.parse.urlsplit(self.path).path
+        self.server.targets.append(self.path)
+        self.server.authorizations.append(self.headers["Authorization"])
         self.server.counts[path] += 1
         headers = self.headers
         self.server.requests.append((self.command, path, headers["Range"], headers["Cookie"]))
@@ -207,6 +220,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         end = start + len(part) - 1
         self.reply(206, part, Content_Range=f"bytes {start}-{end}/{len(video)}")
 
+    def counted(self) -> None:
+        with self.server.lock:
+            self.server.at_once += 1
+            self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)
+        time.sleep(0.1)
+        with self.server.lock:
+            self.server.at_once -= 1
+        self.ok()
+
     def zipped(self) -> None:
         self.reply(200, b"\x1f\x8b" + bytes(1000), Content_Encoding="gzip")
 
@@ -228,11 +250,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         text += f"#EXTINF:1,\n{self.server.other}/ok.mp4\n#EXT-X-ENDLIST\n"
         self.reply(200, text.encode(), "application/vnd.apple.mpegurl")
 
+    def plain_hls(self) -> None:
+        """A list of pieces on a private host."""
+        text = f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{self.server.other}/ok.mp4\n"
+        self.reply(200, (text + "#EXT-X-ENDLIST\n").encode(), "application/vnd.apple.mpegurl")
+
 
 @contextmanager
-def serving(video: bytes, host: str = "127.0.0.1") -> Iterator[Server]:
+def serving(
+    video: bytes, host: str = "127.0.0.1", port: int = 0, tls: ssl.SSLContext | None = None
+) -> Iterator[Server]:
     """A server of `video`, for the duration."""
-    with Server(video, host) as server:
+    with Server(video, host, port, tls) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
         try:

@@ -19,7 +19,9 @@ from tasks.dataset import open_dataset
 from tasks.download import fetch, video_url
 from tasks.hosts import check_url
 from tasks.preprocess import preprocess
+from tasks.storage import open_store
 from tests.support.hosts import Server, serving
+from tests.support.weed import Weed
 
 LIMITS = MediaLimits()
 
@@ -201,6 +203,66 @@ def test_redirect_to_a_private_host_is_refused(
 def test_refused_without_a_request(server: Server, tmp_path: Path) -> None:
     assert code_of(server.url + "/ok.mp4", tmp_path, allow_private_hosts=False) == "refused_host"
     assert server.requests == []
+
+
+# --- S3 --------------------------------------------------------------------------------------
+
+
+def test_object_of_a_named_prefix(s3: str, video: bytes, tmp_path: Path) -> None:
+    open_store(s3).put("raw/a b%20c.mov", video)
+    for prefix in (f"{s3}/raw", f"{s3}/raw/", s3):
+        path = get(f"{s3}/raw/a b%20c.mov", tmp_path, s3_prefixes=[prefix])
+        assert path == tmp_path / "-vid.mov"
+        assert path.read_bytes() == video
+    assert [p.name for p in tmp_path.glob("[!.]*") if p.is_file()] == ["-vid.mov"]
+
+
+@pytest.mark.parametrize("path", ["rawer/x.mp4", "x.mp4", "raw/../x.mp4", "raw//../x.mp4", "raw/"])
+def test_other_objects_are_refused(s3: str, video: bytes, tmp_path: Path, path: str) -> None:
+    open_store(s3).put("x.mp4", video)
+    open_store(s3).put("rawer/x.mp4", video)
+    assert code_of(f"{s3}/{path}", tmp_path, s3_prefixes=[f"{s3}/raw"]) in {
+        "refused_host",
+        "unsupported",
+    }
+    assert code_of(f"{s3}/{path}", tmp_path) == "refused_host"
+
+
+def test_template_opens_its_own_folder(s3: str, video: bytes, tmp_path: Path) -> None:
+    open_store(s3).put("raw/a#1 b.mkv", video)
+    template = settings(url_template=f"{s3}/raw/{{video_id}}.*")
+    url = video_url("a#1 b", download=template)
+    path = fetch("n", url, download=template, limits=LIMITS, folder=tmp_path)
+    assert path == tmp_path / "n.mkv"
+    for video_id, code in (("none", "removed"), ("../x", "unsupported")):
+        with pytest.raises(DownloadError) as failed:
+            url = video_url(video_id, download=template)
+            fetch("n", url, download=template, limits=LIMITS, folder=tmp_path)
+        assert (failed.value.code, failed.value.retryable) == (code, False)
+    open_template = settings(url_template="s3://{video_id}")
+    with pytest.raises(DownloadError) as failed:
+        fetch("n", "s3://b/k", download=open_template, limits=LIMITS, folder=tmp_path)
+    assert failed.value.code == "refused_host"
+
+
+def test_object_that_is_no_video_or_too_large(s3: str, video: bytes, tmp_path: Path) -> None:
+    open_store(s3).put("raw/text.mp4", b"no video at all")
+    open_store(s3).put("raw/v.mp4", video)
+    prefixes = {"s3_prefixes": [s3]}
+    assert code_of(f"{s3}/raw/text.mp4", tmp_path, **prefixes) == "corrupt"
+    changes = prefixes | {"max_bytes": len(video) - 1}
+    assert code_of(f"{s3}/raw/v.mp4", tmp_path, **changes) == "too_large"
+    assert open_store(s3).get("raw/text.mp4") == b"no video at all"
+
+
+def test_store_that_refuses_us(
+    s3: str, s3_server: Weed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-hidden5")
+    with pytest.raises(DownloadError) as failed:
+        get(f"{s3}/raw/v.mp4", tmp_path, s3_prefixes=[s3])
+    assert (failed.value.code, failed.value.retryable) == ("private", False)
+    assert "hidden" not in str(failed.value)
 
 
 # --- secrets ---------------------------------------------------------------------------------
