@@ -264,7 +264,10 @@ def _checked_class(
     """A connection's class that goes to a checked address and reads with patience."""
     proxied = request.has_proxy() or getattr(request, "_tunnel_host", None)
     proxied = proxied or request.has_header("Ytdl-socks-proxy")
-    made: Any = make(base, request)
+    found_class = make(base, request)
+    # Else the lines below would check nothing.
+    assert issubclass(found_class, http.client.HTTPConnection)
+    made: Any = found_class
 
     def create(
         address: tuple[str, int], timeout: float, source_address: tuple[str, int] | None = None
@@ -280,13 +283,14 @@ def _checked_class(
         raise AssertionError("unreachable")
 
     class Checked(made):  # type: ignore[misc]
+        sock: Any
+
         def connect(self) -> None:
             if not proxied:
                 self._create_connection = create
             super().connect()
             self.sock = _PatientSocket(self.sock, patience)
 
-    assert issubclass(made, http.client.HTTPConnection)
     return Checked
 
 
@@ -366,7 +370,8 @@ def _translated(error: Exception, *, url: str, download: Download) -> DownloadEr
         raise StorageError("no space left for a download", code="no_space") from None
     status = getattr(inner, "status", None)
     if status in {429, 503}:
-        note_pause(url, inner.response.headers.get("Retry-After"))
+        headers: Any = getattr(getattr(inner, "response", None), "headers", {})
+        note_pause(url, headers.get("Retry-After"))
     text += f" (HTTP Error {status})" if status and str(status) not in text else ""
     utils, networking = yt_dlp.utils, yt_dlp.networking.exceptions
     if isinstance(inner, utils.GeoRestrictedError):
