@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Literal
 
 from kpmask.data.archives import small_files
-from kpmask.data.crop import Box, Size
+from kpmask.data.crop import Box, Size, contains
 from kpmask.data.layouts import partition_of
 from kpmask.data.metadata import checked_identity, shown
 from kpmask.errors import ConfigError, RowError
@@ -185,26 +185,27 @@ def read_boxes(
 
 def tubes(boxes: Iterable[tuple[int, Box]]) -> Iterator[Tube]:
     """Tubes of an utterance's boxes, by frame number in rising order; see the module."""
-    tube: Tube | None = None
-    first: Box = (0, 0, 0, 0)
+    first: Box | None = None
+    start = end = 0
+    union: Box = (0, 0, 0, 0)
     for frame, box in boxes:
-        if tube is not None and (
-            frame != tube.end_frame
-            or frame - tube.start_frame >= MAX_TUBE_FRAMES
-            or iou(first, box) < MIN_IOU
-        ):
-            yield tube
-            tube = None
-        if tube is None:
-            tube, first = Tube(frame, frame + 1, box), box
-        else:
-            tube = Tube(tube.start_frame, frame + 1, _union(tube.bbox, box))
-    if tube is not None:
-        yield tube
+        if first is not None:
+            if frame == end and frame - start < MAX_TUBE_FRAMES and iou(first, box) >= MIN_IOU:
+                end = frame + 1
+                if not contains(union, box):
+                    union = _union(union, box)
+                continue
+            yield Tube(start, end, union)
+        first = union = box
+        start, end = frame, frame + 1
+    if first is not None:
+        yield Tube(start, end, union)
 
 
 def iou(one: Box, other: Box) -> float:
     """How much two boxes overlap, in [0, 1]: the area of both over that of either."""
+    if one == other:
+        return 1.0
     width = min(one[2], other[2]) - max(one[0], other[0])
     height = min(one[3], other[3]) - max(one[1], other[1])
     if width <= 0 or height <= 0:
