@@ -160,6 +160,8 @@ def test_a_dry_run_prints_a_job_that_can_be_run_again(videos: str, tmp_path: Pat
     job = tomllib.loads(result.stdout)
     assert config.validated(config.PreprocessJob, job).clips.size_px == 32
     assert not (tmp_path / "out").exists()
+    retry = tomllib.loads(run(*base, "--dry-run", "--retry-now").stdout)["retry"]
+    assert (retry["backoff_s"], retry["max_attempts"]) == (0, 0)
 
 
 def test_doctor_tells_scripts_too() -> None:
