@@ -35,12 +35,16 @@ _Code = NDArray[np.uint16 | np.uint32]
 
 _NUM_CHANGES: Final = LOOK_HASHES - 1
 _HASH_BITS: Final = 63  # the highest of the 64 is always 0
+_SHORT_RUN: Final = 96
 _LONG_RUN: Final = 256
 _FEW: Final = 32
 _MAX_EQUAL: Final = 3  # the largest k
 _KEY_BITS: Final = 32  # beside them lies the clip's number
 _CHUNK: Final = 65_536
-_SORT_COST: Final = 5.0  # of a clip in one table, in comparisons of two clips
+# Of a clip in one table: to sort it, and to compare it in a run of one, in short runs and long.
+_SORT_COST: Final = 10.0
+_SHORT_COST: Final = 1.5
+_LONG_COST: Final = 4.0
 
 
 def near_duplicates(looks: Iterable[str], *, max_bits: int) -> list[int]:
@@ -133,11 +137,12 @@ class _Search:
         self._picture = np.ascontiguousarray(words_NW[:, 0])
         self._changes = [np.ascontiguousarray(words_NW[:, 1 + i]) for i in range(_NUM_CHANGES)]
         self._max_bits = max_bits
+        self._max_changes = _NUM_CHANGES * max_bits
         self._earliest = np.arange(len(words_NW))
 
     def run(self) -> _Ints:
         count = len(self._earliest)
-        num_equal, num_groups = _best_groups(count, _NUM_CHANGES * self._max_bits)
+        num_equal, num_groups = _best_groups(count, self._max_changes)
         codes, width = _codes(self._changes, num_groups, most=_KEY_BITS // num_equal)
         everyone = np.arange(count)
         for chosen in itertools.combinations(codes, num_equal):
@@ -155,21 +160,38 @@ class _Search:
         differs = np.diff(packed >> np.uint64(_KEY_BITS)) != 0
         starts = np.flatnonzero(np.concatenate([[True], differs])[: len(ordered)])
         lengths = np.diff(starts, append=len(ordered))
-        start_of = np.repeat(starts, lengths)
-        left = np.flatnonzero(start_of < np.arange(len(ordered)))
-        is_long = (lengths > _LONG_RUN) & split
-        in_long = np.repeat(is_long, lengths)
-        self._compare(ordered, left[~in_long[left]], start_of)
-        if not is_long.any():
-            return
-        left = left[in_long[left]]
-        left = self._compare(ordered, left, start_of, stop=_FEW)
-        # To split costs about as much as `_FEW` comparisons of every clip with another.
-        if (left - start_of[left]).sum() <= _FEW * in_long.sum():
+        short = np.repeat(lengths <= _SHORT_RUN, lengths)
+        self._compare_short(ordered[short], int(lengths[lengths <= _SHORT_RUN].max(initial=1)))
+        if not short.all():
+            lengths = lengths[lengths > _SHORT_RUN]
+            self._compare_long(ordered[~short], lengths, split=split)
+
+    def _compare_short(self, ordered: _Ints, longest: int) -> None:
+        """Compare each clip with those less than `longest` places before it, of its run or not.
+
+        That is more than is asked for, but goes through memory in order: it takes a fifth of what
+        picking pairs does.
+        """
+        words = self._changes[0][ordered]
+        bits = np.empty(len(words), np.uint8)
+        for apart in range(1, min(longest, len(words))):
+            some = np.bitwise_count(words[apart:] ^ words[:-apart], out=bits[apart:])
+            places = np.flatnonzero(some <= self._max_changes)
+            clips, others = ordered[places + apart], ordered[places]
+            found = self._repeats(clips, others)
+            clips, others = clips[found], others[found]
+            np.minimum.at(self._earliest, np.maximum(clips, others), np.minimum(clips, others))
+
+    def _compare_long(self, ordered: _Ints, lengths: _Ints, *, split: bool) -> None:
+        """Compare clips in runs of such lengths, each in order."""
+        start_of = np.repeat(np.cumsum(lengths) - lengths, lengths)
+        left = self._compare(ordered, np.arange(len(ordered)), start_of, stop=_FEW)
+        # To split costs about as much as to compare every clip with `_LONG_RUN` others.
+        if not split or (left - start_of[left]).sum() <= _LONG_RUN * len(ordered):
             self._compare(ordered, left, start_of + _FEW)
         else:
-            run_of = np.repeat(np.cumsum(is_long) - 1, lengths)
-            self._split(ordered[in_long], run_of[in_long].astype(np.uint64))
+            run_of = np.repeat(np.arange(len(lengths)), lengths)
+            self._split(ordered, run_of.astype(np.uint64))
 
     def _split(self, clips: _Ints, run_of: _Words) -> None:
         """Compare clips of the same run where a group of their mean pictures' bits is equal."""
@@ -203,12 +225,11 @@ class _Search:
 
     def _repeats(self, clips: _Ints, others: _Ints) -> _Ints:
         """Where clips[i] repeats others[i]."""
-        bits = np.bitwise_count(self._changes[0][clips] ^ self._changes[0][others])
-        near = np.flatnonzero(bits <= _NUM_CHANGES * self._max_bits)
-        total = bits[near].astype(np.int64)
-        for change in self._changes[1:]:
-            total += np.bitwise_count(change[clips[near]] ^ change[others[near]])
-        near = near[total <= _NUM_CHANGES * self._max_bits]
+        near = np.arange(len(clips))
+        total = np.zeros(len(clips), np.int64)
+        for change in self._changes:
+            total = total + np.bitwise_count(change[clips[near]] ^ change[others[near]])
+            near, total = near[total <= self._max_changes], total[total <= self._max_changes]
         bits = np.bitwise_count(self._picture[clips[near]] ^ self._picture[others[near]])
         close: _Ints = near[bits <= self._max_bits]
         return close
@@ -221,7 +242,8 @@ def _best_groups(count: int, max_bits: int) -> tuple[int, int]:
         num_groups = max_bits + num_equal
         key_bits = min(_NUM_CHANGES * _HASH_BITS // num_groups * num_equal, _KEY_BITS)
         run_length = count / 2.0**key_bits
-        return math.comb(num_groups, num_equal) * (_SORT_COST + run_length / 2)
+        comparing = _SHORT_COST if run_length < _SHORT_RUN / 2 else _LONG_COST
+        return math.comb(num_groups, num_equal) * (_SORT_COST + run_length * comparing)
 
     num_equal = min(range(1, _MAX_EQUAL + 1), key=cost)
     return num_equal, max_bits + num_equal
