@@ -29,7 +29,15 @@ from kpmask.data.shards import ShardWriter
 from kpmask.errors import DownloadError, ItemError, RowError, StorageError
 from kpmask.media.encode import storage_error
 from kpmask.media.probe import probe
-from kpmask.preprocess import CutClip, CutSettings, cut_clips, failure_of, plan_clips, row_name
+from kpmask.preprocess import (
+    CutClip,
+    CutSettings,
+    cut_clips,
+    cuts_whole,
+    failure_of,
+    plan_clips,
+    row_name,
+)
 from kpmask.records import ClipRecord, Failure, SourceRow, as_dict, digest
 from tasks.cache import user_cache
 from tasks.download import fetch, video_url
@@ -284,7 +292,7 @@ class ClipCutter:
             storage=job.storage,
             limits=job.limits,
             quality=job.quality,
-            whole=rows[0].start_frame is None and job.subject.detector == "none",
+            whole=cuts_whole(rows, job.subject),
         )
         for result in cut_clips(path, plans, facts, settings=settings, folder=folder):
             if isinstance(result, Failure):

@@ -36,6 +36,7 @@ from typing import Final, TypeVar
 
 from kpmask.config import PreprocessJob
 from kpmask.data.dataset import FAILURES, MANIFEST
+from kpmask.data.detectors import require_detector
 from kpmask.data.duplicates import near_duplicates
 from kpmask.errors import ConfigError, QualityError, RunFailed, StorageError, WorkerError
 from kpmask.preprocess import CODE_VERSION, failure_of
@@ -145,6 +146,7 @@ def _checked(job: PreprocessJob) -> tuple[PreprocessJob, ObjectStore]:
             "layout folders, the original code's, holds PNG images only",
             subject="storage.image_format",
         )
+    require_detector(job.subject.detector)
     job = job.model_copy(update={"out": absolute(job.out)})
     out = open_store(job.out)
     out.exists(MANIFEST)  # a store that denies or is not there says so before any work
