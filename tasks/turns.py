@@ -25,6 +25,7 @@ from kpmask.errors import DownloadError, StorageError
 from tasks.machine import boot_id, steady_s
 
 LONGEST_PAUSE_S: Final = 86400.0  # however long a host asks for
+LONGEST_QUEUE: Final = 1000  # of requests to one host, each an interval behind the other
 _POLL_S: Final = 0.2
 _jitter = random.Random()  # noqa: S311 - of its own: the caller's random state is not touched
 
@@ -41,7 +42,8 @@ def download_place(url: str | None, download: Download) -> Iterator[None]:
     """
     with contextlib.ExitStack() as places:
         if url is not None:
-            places.enter_context(_slot(f"{_site(url)}-", download.per_host))
+            # Of a list of hosts without number, some share their places: files are not removed.
+            places.enter_context(_slot(f"{_site(url)[:4]}-", download.per_host))
         places.enter_context(_slot("", download.concurrency))
         yield
 
@@ -52,6 +54,8 @@ def wait_turn(url: str, download: Download) -> None:
     Raises:
         HostPaused: it asked for a pause that is longer than `max_pause_s`.
     """
+    if download.host_interval_s == 0 and not _note_path(url).exists():
+        return
     with _next_request(url) as note:
         now_s = steady_s()
         next_s = note.read()
@@ -64,11 +68,10 @@ def wait_turn(url: str, download: Download) -> None:
             )
         if wait_s > 0 or download.host_interval_s > 0:
             note.write(max(next_s, now_s) + download.host_interval_s)
+        else:
+            _note_path(url).unlink(missing_ok=True)
     if wait_s > 0:
         time.sleep(wait_s)
-
-
-LONGEST_QUEUE: Final = 1000  # of requests to one host, each an interval behind the other
 
 
 def note_pause(url: str, retry_after: str | None) -> None:
@@ -92,10 +95,10 @@ def pause_of(retry_after: str | None) -> float:
 
 
 def _site(url: str) -> str:
-    """A host's short name for files. So few that hosts without number leave no files without."""
+    """A digest of a host, by which its files are named."""
     parts = urllib.parse.urlsplit(url)
     host = parts.netloc.rpartition("@")[2].lower().removeprefix("www.")
-    return hashlib.sha256(host.encode(errors="replace")).hexdigest()[:4]
+    return hashlib.sha256(host.encode(errors="replace")).hexdigest()[:32]
 
 
 def _folder() -> Path:
@@ -144,9 +147,13 @@ class _Note:
         self._file.flush()
 
 
+def _note_path(url: str) -> Path:
+    # A name of its own for every host: none can have another one paused.
+    return _folder() / f"{_site(url)}-next"
+
+
 @contextlib.contextmanager
 def _next_request(url: str) -> Iterator[_Note]:
-    path = _folder() / f"{_site(url)}-next"
-    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
+    with os.fdopen(os.open(_note_path(url), os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield _Note(file)
