@@ -588,7 +588,8 @@ class _Import:
             RunFailed: `no_output`, `too_many_failures`.
         """
         kept = book.num_clips()
-        lost = [f for f in book.failures() if f.code != _PASSED_OVER]
+        # A row that is none costs its clip nothing but what the row says.
+        lost = [f for f in book.failures() if f.code != _PASSED_OVER and f.stage != "metadata"]
         try:
             if not kept:
                 why = f"; for one, {lost[0].item}: {lost[0].cause}" if lost else ""

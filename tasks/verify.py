@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -35,10 +35,10 @@ from kpmask.records import (
     Failure,
     Progress,
     as_dict,
-    digest,
 )
 from tasks.cluster import ray_session, run_items
 from tasks.manifest import read_json, read_table_if_any
+from tasks.publish import ListDigest
 from tasks.storage import ObjectStore, absolute, open_store
 
 CHANGES: Final = "changes.json"
@@ -73,11 +73,6 @@ def open_manifest(uri: str) -> tuple[ObjectStore, Path, DatasetManifest]:
         return store, path, DatasetManifest(**stats)
     except TypeError as error:
         raise DatasetError(f"its {STATS} is not that of a dataset: {error}", subject=uri) from error
-
-
-def dataset_id(clips: Iterable[ClipRecord]) -> str:
-    """The id of a dataset, by its clips in the manifest's order."""
-    return digest([[clip.clip_id, clip.partition, clip.identity] for clip in clips])
 
 
 # --- info ------------------------------------------------------------------------------------
@@ -266,13 +261,18 @@ class _Shards:
         return self._runs
 
     def leftovers(self, store: ObjectStore) -> Iterator[str]:
-        """Files beside the clips that no record names."""
+        """Files beside the clips that no record names, nor one of an older version that is kept."""
+        kept = {
+            clip.shard
+            for info in store.list("versions/")
+            for clip in stream_manifest(store.local(info.key))
+        }
         for prefix in CLIPS:
             for info in store.list(prefix):
                 folder, _, name = info.key.rpartition("/")
                 number = name.removesuffix(".png")
                 is_frame = number.isdecimal() and int(number) < self._frames.get(folder, 0)
-                if info.key not in self._frames and not is_frame:
+                if info.key not in kept and info.key not in self._frames and not is_frame:
                     yield info.key
 
 
@@ -283,18 +283,16 @@ def _check_tables(
     counts, shards, table = ClipCounts(), _Shards(), TableCheck()
     problems: list[Failure] = []
 
-    def seen() -> Iterator[ClipRecord]:
-        for clip in stream_manifest(manifest):
-            counts.add(clip)
-            shards.add(clip)
-            problems.extend(failure_of(clip.name, STAGE, error) for error in table.add(clip))
-            yield clip
-
-    found_id = dataset_id(seen())
+    found_id = ListDigest()
+    for clip in stream_manifest(manifest):
+        counts.add(clip)
+        shards.add(clip)
+        problems += [failure_of(clip.name, STAGE, error) for error in table.add(clip)]
+        found_id.add([clip.clip_id, clip.partition, clip.identity])
     problems += [failure_of(identity, STAGE, _leak()) for identity in table.leaks()]
     failures = read_table_if_any(store, FAILURES, Failure)
     found = {
-        "dataset_id": found_id,
+        "dataset_id": found_id.hexdigest(),
         "num_train": counts.num_clips("train"),
         "num_test": counts.num_clips("test"),
         "num_frames": counts.num_frames,
