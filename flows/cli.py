@@ -61,10 +61,21 @@ def preprocess(
     out: Out,
     metadata: Annotated[
         str | None,
-        typer.Option(help="CSV: video_id,start,end,bbox,fps,width,height,partition[,person_id]."),
+        typer.Option(
+            help="CSV: video_id,start,end,bbox,fps,width,height,partition[,person_id]; it may be "
+            "packed by gzip. For voxceleb1 and voxceleb2 the folder of person/video/utterance.txt, "
+            "or a zip or tar of it."
+        ),
     ] = None,
     videos: Annotated[
         str | None, typer.Option(help="Folder or glob of your own videos, instead of metadata.")
+    ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            help="What these are: table, taichi, voxceleb1, voxceleb2 (metadata); nemo, robonet "
+            "(HDF5 files), videos. Default: table, or videos."
+        ),
     ] = None,
     raw: Annotated[
         str | None, typer.Option(help="Folder or s3:// of raw videos; what lacks is downloaded.")
@@ -91,6 +102,10 @@ def preprocess(
         kpmask preprocess --videos 'my-videos/*.mp4' --out s3://bucket/mine --set clips.size_px=64
 
         kpmask preprocess --videos talks --out data/talks --set subject.detector=auto
+
+        kpmask preprocess --preset voxceleb1 --metadata vox1_dev_txt.zip --out data/vox1
+
+        kpmask preprocess --preset robonet256 --source robonet --videos hdf5 --out data/robonet
     """
     resolved = config.resolve_job(
         config.PreprocessJob,
@@ -101,6 +116,7 @@ def preprocess(
             "out": out,
             "metadata": metadata,
             "videos": videos,
+            "source": source,
             "raw": raw,
             "storage": None if layout is None else {"layout": layout},
             "cluster": _workers(workers),

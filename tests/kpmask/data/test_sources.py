@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from kpmask.config import ANNOTATED_SOURCES, SourceKind
+from kpmask.config import ANNOTATED_SOURCES, PreprocessJob, SourceKind, resolve_job
 from kpmask.data.sources import SOURCES, identity_of, source_rows
+from kpmask.errors import ConfigError
 from kpmask.records import Failure, SourceRow
 
 HEADER = "video_id,start,end,bbox,fps,width,height,partition,person_id"
@@ -63,3 +64,53 @@ def test_identities() -> None:
     assert identity_of("robonet", "sawyer_traj12#cam0") == identity_of(
         "robonet", "sawyer_traj12#cam3"
     )
+
+
+def job(preset: str | None = None, **flags: str) -> PreprocessJob:
+    return resolve_job(PreprocessJob, preset=preset, flags={"out": "out", **flags})
+
+
+def test_source_that_is_not_named_follows_from_the_input() -> None:
+    assert job(metadata="t.csv").source_kind == "table"
+    assert job(videos="v").source_kind == "videos"
+    assert job(videos="v", source="nemo").source_kind == "nemo"
+    for preset in ("taichi256", "vox256", "nemo256", "robonet256"):
+        assert job(preset, metadata="t.csv").source_kind == "table"
+        assert job(preset, videos="v").source_kind == "videos"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"source": "nemo", "metadata": "t.csv"}, "source nemo takes videos, not metadata"),
+        ({"source": "voxceleb1", "videos": "v"}, "source voxceleb1 takes metadata, not videos"),
+        ({"source": "mpii", "videos": "v"}, "'robonet' or 'videos', not 'mpii'"),
+        ({"source": "taichi"}, "exactly one of metadata and videos"),
+    ],
+)
+def test_source_and_input_that_do_not_go_together(flags: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        job(**flags)
+
+
+def test_presets_of_annotations() -> None:
+    first, second = job("voxceleb1", metadata="a.zip"), job("voxceleb2", metadata="b.zip")
+    assert (first.source, second.source) == ("voxceleb1", "voxceleb2")
+    for clips in (first.clips, second.clips):
+        assert (clips.increase, clips.min_box_px) == (0.1, 256)
+        assert (clips.min_frames, clips.max_frames) == (64, 1024)
+    assert len(set(first.clips.test_identities)) == 40
+    assert second.clips.test_identities == ()
+
+
+def test_test_persons_of_the_published_table_are_those_of_the_preset(dev_data: Path) -> None:
+    """But for two, of which it has clips in both splits."""
+    table = dev_data.parent / "published-metadata/vox-metadata.csv"
+    if not table.is_file():
+        pytest.skip("the published tables are not there")
+    rows = [row for row in source_rows("table", table) if isinstance(row, SourceRow)]
+    named = set(job("voxceleb1", metadata="a.zip").clips.test_identities)
+    tested = {row.identity for row in rows if row.partition == "test"}
+    trained = {row.identity for row in rows if row.partition == "train"}
+    assert tested <= named
+    assert trained & named == trained & tested
