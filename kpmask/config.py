@@ -179,8 +179,8 @@ class Quality(Part):
     # drop: of clips that repeat each other, the first is kept.
     duplicates: Literal["keep", "drop"] = "keep"
     # How many of a hash's 64 bits may differ between clips that repeat each other: 0 for equal
-    # ones, 6 finds most that were coded again or cropped by a hundredth, other spans of the same
-    # video have 15 and more. A million clips take half a minute at 6, minutes at 8.
+    # ones, 6 finds most that were coded again or cropped by a hundredth, 8 by two. Other spans of
+    # the same video have 14 and more. A million clips take half a minute at 6, minutes at 8.
     max_hash_bits: Annotated[int, Field(ge=0, le=12)] = 6
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ import math
 import pickle
 import tracemalloc
 from collections.abc import Iterable
+from importlib import resources
 from pathlib import Path
 
 import cv2
@@ -38,7 +39,7 @@ def measured(clip: Iterable[np.ndarray]) -> Measures:
 
 
 @functools.cache
-def texture(seed: int, side_px: int = 2 * SIDE_PX, grain_px: float = 3.0) -> np.ndarray:
+def texture(seed: int, side_px: int = 2 * SIDE_PX, grain_px: float = 1.5) -> np.ndarray:
     """A picture with detail of every size down to a grain, uint8 HWC."""
     noise_HWC = np.random.default_rng(seed).normal(size=(side_px, side_px, 3)).astype(np.float32)
     layers_HWC = sum(cv2.GaussianBlur(noise_HWC, (0, 0), grain_px * k) * k for k in (1, 2, 4, 8))
@@ -190,7 +191,7 @@ def test_black_white_and_frozen_clips() -> None:
 def test_a_cut_is_a_jump() -> None:
     one, other = panning(0, 24), panning(5, 24)
     cut = measured(one + other)
-    assert cut.jump > 0.12 > 3 * max(measured(one).jump, measured(other).jump)
+    assert cut.jump > 0.12 > 2 * max(measured(one).jump, measured(other).jump)
     before, after = luma(one[-1]), luma(other[0])
     assert cut.jump == pytest.approx(
         np.abs(means(before, 64) - means(after, 64)).mean() / 255, abs=2e-3
@@ -341,6 +342,29 @@ def test_limits_are_off_and_what_is_at_them_is_kept() -> None:
     check_quality(dataclasses.replace(worst, brightness=1), Quality())
     at = {"min_sharpness": 80, "min_brightness": 0.4, "max_brightness": 0.41, "min_motion": 0.01}
     check_quality(SOME, Quality(**at, max_jump=0.05, max_overlay=0.004))
+
+
+def test_the_limits_that_a_preset_proposes() -> None:
+    """The commented lines of the preset are settings, and refuse none of what is ordinary."""
+    path = resources.files("kpmask") / "presets" / "taichi256.toml"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    overrides = [line[2:] for line in lines if line.startswith("# quality.")]
+    flags = {"out": "o", "videos": "v"}
+    assert resolve_job(PreprocessJob, preset="taichi256", flags=flags).quality == Quality()
+    proposed = resolve_job(PreprocessJob, flags=flags, overrides=overrides).quality
+    assert len(proposed.model_fields_set) == len(overrides) == 6
+    for clip in (panning(), walking(0)):
+        check_quality(measured(clip), proposed)
+    for clip, code in (
+        ([np.zeros((SIDE_PX, SIDE_PX, 3), np.uint8)] * 20, "dark"),
+        (panning(num_frames=1) * 20, "static"),
+        (panning(0, 20) + panning(5, 20), "jumpy"),
+        ([cv2.GaussianBlur(f, (0, 0), 4) for f in panning()], "blurred"),
+        (logo_on(panning()), "overlay"),
+    ):
+        with pytest.raises(QualityError) as error:
+            check_quality(measured(clip), proposed)
+        assert error.value.code == code
 
 
 @pytest.mark.parametrize(
