@@ -176,10 +176,9 @@ def cut_digest(job: PreprocessJob) -> str:
     """A digest of the settings that shape what becomes of one video."""
     clips = job.clips.model_dump(mode="json", exclude={"test_fraction", "test_identities"})
     images = job.storage.model_dump(mode="json", include={"image_format", "jpeg_quality"})
-    parts = [job.limits, job.subject, job.quality, job.robonet]
-    return digest(
-        [CODE_VERSION, clips, images, job.download.enabled, *(part.digest() for part in parts)]
-    )[:16]
+    quality = job.quality.model_dump(mode="json", exclude={"duplicates", "max_hash_bits"})
+    parts = [part.digest() for part in (job.limits, job.subject, job.robonet)]
+    return digest([CODE_VERSION, clips, images, quality, job.download.enabled, parts])[:16]
 
 
 class _Run:
@@ -208,7 +207,7 @@ class _Run:
         self._settings_digest = settings_digest(job)
         self._is_whole = True  # the dataset as it is
         self._num_retried = 0
-        self._num_waiting = 0
+        self._waiting: set[str] = set()  # ids of the items whose next try is not due
         self._sessions = ExitStack()
         self._has_ray = False
 
@@ -251,8 +250,8 @@ class _Run:
         book.add_before(
             iter_table_if_any(out, MANIFEST, ClipRecord), iter_table_if_any(out, FAILURES, Failure)
         )
-        there = {i.key for split in ("train/", "test/") for i in out.list(split)}
-        there |= {key.rpartition("/")[0] for key in there}
+        keys = (info.key for split in ("train/", "test/") for info in out.list(split))
+        there = {key if key.endswith(".arrow") else key.rpartition("/")[0] for key in keys}
         gone = [key for key in book.before_shards() if key not in there]
         book.lose_shards(gone)
         self._is_whole = not gone
@@ -276,10 +275,10 @@ class _Run:
         book.set_earlier(listed_results(self._out, self._work), place="journal")
         book.choose()
         again = set(book.retryable())
-        waiting = {item for item in again if not self._retries.due(item)}
-        self._num_waiting, self._num_retried = len(waiting), len(again) - len(waiting)
-        if waiting:
-            book.choose(waiting=waiting)
+        self._waiting = {item for item in again if not self._retries.due(item)}
+        self._num_retried = len(again) - len(self._waiting)
+        if self._waiting:
+            book.choose(waiting=self._waiting)
 
     # --- cutting
 
@@ -295,8 +294,9 @@ class _Run:
             self._retries.save()
         # What failed for a passing reason in this run has its result now.
         self._book.set_earlier(listed_results(self._out, self._work), place="journal")
+        self._book.choose(waiting=self._waiting)
         tried = set(self._book.retryable())
-        self._book.choose(waiting=tried)
+        self._book.choose(waiting=self._waiting | tried)
         lacking = self._book.num_todo()
         if lacking:
             raise StorageError(f"{lacking} results are gone", subject=self._out.uri)
@@ -419,7 +419,7 @@ class _Run:
         if found is None:
             return None
         manifest, changes = found
-        return manifest, replace(changes, retried=self._num_retried, waiting=self._num_waiting)
+        return manifest, replace(changes, retried=self._num_retried, waiting=len(self._waiting))
 
     def _publish(self, content: str) -> tuple[DatasetManifest, DatasetChanges]:
         book = self._book
@@ -433,7 +433,7 @@ class _Run:
             VideoResult,
             metadata={"cut_digest": self._cut_digest},
         )
-        counts = {"retried": self._num_retried, "waiting": self._num_waiting}
+        counts = {"retried": self._num_retried, "waiting": len(self._waiting)}
         what = Content(
             clips=book.clips,
             failures=book.failures,

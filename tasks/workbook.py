@@ -238,6 +238,7 @@ class Workbook:
     def begin(self) -> None:
         """The tables of a run, on those of a plan."""
         self._db.executescript(_RUN_TABLES)
+        self._db.execute("CREATE INDEX IF NOT EXISTS row_video ON row (video)")
 
     def set_files(self, files: Iterable[tuple[str, ObjectInfo]]) -> None:
         """The raw videos that there are, by the video that each is of; the first of each counts."""
