@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import heapq
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -42,6 +43,8 @@ CODE_VERSION = 2  # in every clip id: a change of what is cut makes other clips
 _ROUNDED_RATE = 0.005
 _MAX_UNKNOWN_PIECES = 1000
 _CLOSE_S = 0.1  # a clip is closed when the pass is this far behind its end
+# Clips that overlap so often take another pass: each holds a file, and half a megabyte of samples.
+_MAX_OPEN = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,6 +387,8 @@ def cut_clips(
 ) -> Iterator[CutClip | Failure]:
     """The clips of one video, as each is finished, in one decode pass.
 
+    (In more, where more than `_MAX_OPEN` clips have a moment in common.)
+
     Args:
         path: the video.
         plans: what to cut from it.
@@ -400,9 +405,28 @@ def cut_clips(
     if not plans:
         return
     with ExitStack() as files:
-        cutter = _Cutter(plans, probe, settings, folder, files)
-        results = cutter.run(path)
+        cutters = (_Cutter(some, probe, settings, folder, files) for some in _passes(plans))
+        results = itertools.chain.from_iterable(cutter.run(path) for cutter in cutters)
         yield from _of_whole(results, plans) if settings.whole else results
+
+
+def _passes(plans: Sequence[ClipPlan]) -> Iterator[list[ClipPlan]]:
+    """The plans, each once, so that at most `_MAX_OPEN` of a pass are being written at a time."""
+    left = sorted(enumerate(plans), key=lambda item: item[1].start_s)
+    while left:
+        some: list[tuple[int, ClipPlan]] = []
+        over: list[tuple[int, ClipPlan]] = []
+        ends_s: list[float] = []  # of those that are open, a heap
+        for item in left:
+            while ends_s and ends_s[0] + 2 * _CLOSE_S < item[1].start_s:
+                heapq.heappop(ends_s)
+            if len(ends_s) < _MAX_OPEN:
+                heapq.heappush(ends_s, item[1].end_s)
+                some.append(item)
+            else:
+                over.append(item)
+        yield [plan for _, plan in sorted(some, key=lambda item: item[0])]
+        left = over
 
 
 def _of_whole(
@@ -516,11 +540,9 @@ class _Cutter:
                 spool.path.unlink()
             return self._too_short(plan, len(spool.ends) if spool else 0, damage)
         measures = spool.meter.measures()
-        try:
-            check_quality(measures, self._settings.quality)
-        except QualityError as error:
+        if refused := self._refused(plan, measures):
             spool.path.unlink()
-            return failure_of(plan.name, "quality", error)
+            return refused
         lost = self._num_lost(plan, spool.last_s, damaged=damage is not None) if at_end else 0
         return CutClip(
             plan=plan,
@@ -532,6 +554,13 @@ class _Cutter:
             measures=measures,
             damage=damage if lost else None,
         )
+
+    def _refused(self, plan: ClipPlan, measures: Measures) -> Failure | None:
+        try:
+            check_quality(measures, self._settings.quality)
+        except QualityError as error:
+            return failure_of(plan.name, "quality", error)
+        return None
 
     def _too_short(self, plan: ClipPlan, count: int, damage: MediaError | None) -> Failure:
         cause = f"{count} frame{'s' * (count != 1)}, under {self._settings.clips.min_frames}"

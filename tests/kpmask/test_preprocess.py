@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kpmask import preprocess
 from kpmask.config import Clips, MediaLimits, Quality, Storage, Subject
 from kpmask.data.metadata import read_metadata
-from kpmask.data.quality import ClipMeter
+from kpmask.data.quality import ClipMeter, Measures
 from kpmask.errors import MediaError
 from kpmask.media.decode import frames
 from kpmask.media.encode import encode
@@ -177,6 +178,39 @@ def test_record_says_what_was_cut(videos: dict[str, Path], tmp_path: Path) -> No
     assert (record.num_frames, record.fps, record.start_s, record.end_s) == (50, 25.0, 1.0, 3.0)
     assert (record.width_px, record.height_px, record.num_frames_lost) == (32, 32, 0)
     assert record.sha256 == hashlib.sha256(clip.tobytes()).hexdigest()
+
+
+def test_many_clips_at_once_take_more_passes(
+    videos: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many files are open as are allowed, and the clips are those of one pass."""
+    rows = [row(start, start + 30, 25) for start in range(0, 90, 3)]
+    in_one, _ = cut(videos["25"], rows, tmp_path)
+    assert len(in_one) == 30
+    monkeypatch.setattr("kpmask.preprocess._MAX_OPEN", 4)
+    most_open = 0
+
+    class Counted(ClipMeter):
+        alive = 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            Counted.alive += 1
+
+        def measures(self) -> Measures:
+            nonlocal most_open
+            most_open = max(most_open, Counted.alive)
+            Counted.alive -= 1
+            return super().measures()
+
+    spool = preprocess._Spool
+    monkeypatch.setattr(
+        preprocess, "_Spool", lambda plan, path, file: spool(plan, path, file, meter=Counted())
+    )
+    in_more, failures = cut(videos["25"], rows, tmp_path)
+    assert failures == [] and most_open == 4
+    by_name = {result.plan.name: result.record() for result, _ in in_more}
+    assert by_name == {result.plan.name: result.record() for result, _ in in_one}
 
 
 def test_clips_are_measured_as_they_are_stored(videos: dict[str, Path], tmp_path: Path) -> None:
