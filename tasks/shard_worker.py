@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 
@@ -23,8 +22,6 @@ from kpmask.data.shards import Shard, ShardWriter, decode_frame
 from kpmask.records import digest
 from kpmask.report.previews import preview_frame_numbers, preview_key, preview_strip
 from tasks.storage import open_store, os_errors
-
-_MEAN_FRACTION: Final = 4  # a shard ends with a clip in `clips_per_shard / 4`, once half full
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +47,10 @@ def shards_of(
 ) -> Iterator[Place]:
     """The shards of clips given as (split, clip id, name, source, row), by split and name.
 
-    A shard has at most `clips_per_shard` clips. Once half full it ends with the first clip whose id
-    says so, which one in four of its clips' would: where the same clips follow one another again,
-    the same shards come out again, whatever is before them.
+    A shard has at most `clips_per_shard` clips, and ends with each clip whose id says so, which one
+    in so many does: what a new clip changes ends with the next of those, whatever is before and
+    behind them. (If such clips ended a shard only once it is half full, shards would be fuller by a
+    tenth, and a change would go on for as long as they miss each other.)
     """
     group: list[PlacedClip] = []
     split_of_group = ""
@@ -62,15 +60,11 @@ def shards_of(
             group = []
         split_of_group = split
         group.append(PlacedClip(clip_id, source, row))
-        if len(group) * 2 >= clips_per_shard and _ends_shard(clip_id, clips_per_shard):
+        if int(clip_id[:8], 16) % clips_per_shard == 0:
             yield _shard(split, group)
             group = []
     if group:
         yield _shard(split_of_group, group)
-
-
-def _ends_shard(clip_id: str, clips_per_shard: int) -> bool:
-    return int(clip_id[:8], 16) % max(clips_per_shard // _MEAN_FRACTION, 1) == 0
 
 
 def _shard(split: str, group: Sequence[PlacedClip]) -> Place:
