@@ -18,10 +18,8 @@ from numpy.typing import NDArray
 
 from kpmask.errors import MediaError
 from kpmask.media.decode import as_rate
-from kpmask.media.encode import encode_error, verify, written_beside
+from kpmask.media.encode import encode_error, same_bytes_options, verify, written_beside
 from kpmask.records import EncodedVideo
-
-_OPTIONS = {"crf": "0", "preset": "veryfast"}
 
 
 def encode_lossless(
@@ -44,7 +42,8 @@ def _write(path: Path, frames: Iterable[NDArray[np.uint8]], rate: Fraction) -> i
         raise MediaError("there is no frame to encode", subject=path.name, code="no_frames")
     muxing = {"movflags": "+faststart", "fflags": "+bitexact"}
     with av.open(f"file:{path.absolute()}", "w", format="mp4", options=muxing) as container:
-        stream = container.add_stream("libx264rgb", rate=rate, options=_OPTIONS)
+        options = {"crf": "0", "preset": "veryfast", **same_bytes_options()}
+        stream = container.add_stream("libx264rgb", rate=rate, options=options)
         stream.height, stream.width = first_HWC.shape[:2]
         stream.pix_fmt = "rgb24"
         stream.codec_context.time_base = 1 / rate
