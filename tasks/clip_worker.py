@@ -263,7 +263,9 @@ class ClipCutter:
             if isinstance(camera, Failure):
                 failures.append(camera)
                 continue
-            yield (replace(row, video_id=camera.name),), camera.path
+            # The item's name is unique; two trajectories in different folders may share theirs.
+            name = f"{item.name}#{camera.name.rpartition('#')[2]}"
+            yield (replace(row, video_id=name),), camera.path
 
     def _cut_view(
         self,
