@@ -20,6 +20,7 @@ from av.filter import Graph
 from av.sidedata.sidedata import SideData
 from av.sidedata.sidedata import Type as SideDataType
 from av.video.frame import VideoFrame
+from av.video.reformatter import ColorPrimaries, ColorTrc
 from numpy.typing import NDArray
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
@@ -148,6 +149,8 @@ class Renderer:
         if _has_alpha(frame):
             frame = over_black(frame)
         frame.pts = None  # time is kept outside; a graph would refuse or reorder odd ones
+        # Neither is converted, and libswscale refuses those that a damaged header makes up.
+        frame.color_primaries, frame.color_trc = ColorPrimaries.UNSPECIFIED, ColorTrc.UNSPECIFIED
         key = (frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range)
         if self._graph is None or key != self._graph_key:
             self._graph, self._graph_key = self._new_graph(frame), key

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+import cv2
 import numpy as np
 
 from kpmask.config import Clips, MediaLimits, Storage, Subject
@@ -44,14 +45,15 @@ from kpmask.preprocess import CutClip, CutSettings, cut_clips, plan_clips
 from kpmask.records import SourceRow
 
 LIMITS, STORAGE = MediaLimits(), Storage()
-DRAWN_SIZE_PX, DRAWN_S, DRAWN_FPS = (1280, 720), 60, Fraction(25)
-DRAWN_SPANS_S = ((4.0, 7.2), (21.0, 26.4), (22.5, 25.1), (47.0, 50.0))  # of the published kind
+DRAWN_SIZE_PX, DRAWN_S, DRAWN_FPS = (1280, 720), 40, Fraction(25)
+DRAWN_SPANS_S = ((4.0, 7.2), (15.0, 20.4), (16.5, 19.1), (32.0, 35.0))  # of the published kind
 GRAIN = 3.0  # levels of a camera's noise: without it, drawings are decoded for nothing
 # Functions by which the profile of our cutting is split.
 SPLIT = {
     "decode": ("reader.py", ("read", "skip_to", "__init__")),
     "crop and scale": ("graph.py", ("render",)),
     "encode": ("preprocess.py", ("_encoded",)),
+    "measure": ("quality.py", ("add", "measures")),
     "hash frames": ("~", ("<method 'update' of '_hashlib.HASH' objects>",)),
     "write": ("~", ("<method 'write' of '_io.BufferedWriter' objects>",)),
     "part files": ("shards.py", ("add_file", "__exit__")),
@@ -124,7 +126,7 @@ def _drawn(folder: Path, num_videos: int) -> list[Video]:
         writer.writerow(COLUMNS)
         for take in plan_takes(num_videos, seed=0):
             take = dataclasses.replace(
-                take, size_px=DRAWN_SIZE_PX, fps=DRAWN_FPS, duration_s=2.0, codec=0
+                take, size_px=DRAWN_SIZE_PX, fps=DRAWN_FPS, duration_s=1.0, codec=0
             )
             images = list(film(take))
             path = folder / "raw" / f"{take.video_id}.mp4"
@@ -140,14 +142,14 @@ def _drawn(folder: Path, num_videos: int) -> list[Video]:
 def _to_and_fro(images: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
     """A take played forwards and backwards, with grain."""
     rng = np.random.default_rng(0)
-    noise_HWC = rng.normal(0, GRAIN, (images[0].shape[0], images[0].shape[1] * 2, 1))
-    noise_HWC = noise_HWC.astype(np.int16)
+    height_px, width_px = images[0].shape[:2]
+    noise_HWC = rng.normal(0, GRAIN, (height_px, width_px * 2, 1)).repeat(3, axis=2)
+    noise_HWC = noise_HWC.round().astype(np.int16)
     order = [*range(len(images)), *range(len(images) - 2, 0, -1)]
     for index in range(round(DRAWN_S * DRAWN_FPS)):
-        image_HWC = images[order[index % len(order)]]
-        at = int(rng.integers(image_HWC.shape[1]))
-        grainy_HWC = image_HWC + noise_HWC[:, at : at + image_HWC.shape[1]]
-        yield np.clip(grainy_HWC, 0, 255).astype(np.uint8)
+        at = int(rng.integers(width_px))
+        grain_HWC = noise_HWC[:, at : at + width_px]
+        yield cv2.add(images[order[index % len(order)]], grain_HWC, dtype=cv2.CV_8U)
 
 
 # --- the two loops ---------------------------------------------------------------------------
@@ -207,7 +209,9 @@ def _cpu_s() -> float:
 
 
 def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not ru_maxrss, which a process takes over from the one that started it.
+    (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x]
+    return int(line.split()[1]) * 1024
 
 
 def _warm(_: int) -> None:

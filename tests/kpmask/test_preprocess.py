@@ -383,6 +383,17 @@ def test_row_that_cannot_be_planned_leaves_the_others(
     assert [(f.item, f.code) for f in failures] == [("v#000000#000010", "bad_row")]
 
 
+def test_lengths_that_nobody_has_make_no_million_plans(videos: dict[str, Path]) -> None:
+    facts = dataclasses.replace(
+        probe(videos["25"], LIMITS), num_frames_from_header=None, duration_s=1e12
+    )
+    plans, _ = plan([WHOLE_ROW], videos["25"], facts)
+    assert 1 < len(plans) <= -(-LIMITS.max_frames // CLIPS.max_frames)
+    plans, failures = plan([row(0, 2**31 - 1, 25), row(0, 10, 25)], videos["25"], facts)
+    assert len(plans) == 1
+    assert [(f.code, f.value) for f in failures] == [("frames_over_limit", 2**31 - 1)]
+
+
 def test_unknown_length_is_no_loss(videos: dict[str, Path]) -> None:
     facts = dataclasses.replace(
         probe(videos["25"], LIMITS), num_frames_from_header=None, duration_s=None

@@ -86,7 +86,7 @@ def make_seeds(folder: Path) -> list[Path]:
     encode(source, images, fps=_FPS, crf=20)
     program = imageio_ffmpeg.get_ffmpeg_exe()
     for name, arguments in _MADE.items():
-        argv = [program, "-nostdin", "-v", "error", "-i", source, "-threads", "1", *arguments]
+        argv = [program, "-nostdin", "-y", "-v", "error", "-i", source, "-threads", "1", *arguments]
         subprocess.run([*argv, folder / name], check=True, timeout=120)
     stack = Image.fromarray(np.concatenate([image_HWC[:, :64] for image_HWC in images[:8]], 1))
     for name in _PICTURES:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import av.error
 import numpy as np
 import pytest
 from PIL import Image
@@ -19,6 +20,7 @@ from kpmask.config import MediaLimits
 from kpmask.errors import MediaError
 from kpmask.media.decode import Span, check_length, frames, spans
 from kpmask.media.ffmpeg import copy_audio, normalise
+from kpmask.media.graph import Renderer
 from kpmask.media.images import read_image
 from kpmask.media.probe import probe
 
@@ -291,6 +293,41 @@ def test_a_hole_in_time_ends_the_video(tmp_path: Path, kit: SimpleNamespace) -> 
     assert probe(path, LIMITS).fps == pytest.approx(25, rel=0.01)  # and not 0.01
     patient = LIMITS.model_copy(update={"max_gap_s": 4000.0})
     assert len(list(frames(path, patient))) == 40
+
+
+def test_a_rate_that_no_camera_has(tmp_path: Path, kit: SimpleNamespace) -> None:
+    path = kit.write_video(tmp_path / "v.avi", (kit.barcode(i) for i in range(9)), codec="mpeg4")
+    data = bytearray(path.read_bytes())
+    scale_at = data.find(b"strh") + 28  # dwScale, which dwRate follows
+    data[scale_at : scale_at + 8] = b"\xff\xff\xff\xff\x01\0\0\0"
+    path.write_bytes(data)
+    assert probe(path, LIMITS).fps == 0.001  # and not one frame in a century
+    images_HWC, code = _prefix(path)
+    assert (len(images_HWC), code) == (1, "timestamp_gap")
+
+
+def test_colours_that_nobody_knows(video: Path, tmp_path: Path, kit: SimpleNamespace) -> None:
+    path = tmp_path / "v.webm"
+    tags = ("-color_primaries", "bt709", "-color_trc", "bt709", "-colorspace", "bt709")
+    filters = ("-vf", "setparams=color_primaries=bt709:color_trc=bt709:colorspace=bt709")
+    kit.ffmpeg("-i", video, "-t", "0.4", *filters, *tags, "-c:v", "libvpx", path)
+    good, code = _prefix(path)
+    assert code == "ok"
+    data = path.read_bytes()
+    for element in (b"\x55\xba\x81", b"\x55\xbb\x81"):  # transfer, primaries
+        assert data.count(element + b"\x01") == 1
+        path.write_bytes(data.replace(element + b"\x01", element + b"\x21"))
+        images, code = _prefix(path)
+        assert code == "ok"
+        assert np.array_equal(images, good)
+
+
+def test_what_libav_cannot_convert_is_damage(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise av.error.OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(Renderer, "render", refuse)
+    assert _code(frames(video, LIMITS)) == "decode_errors"
 
 
 def test_a_size_that_changes_ends_the_video(tmp_path: Path, kit: SimpleNamespace) -> None:

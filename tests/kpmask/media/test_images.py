@@ -128,6 +128,18 @@ def test_bad_pictures(data: bytes, code: str, tmp_path: Path) -> None:
     assert "a.png" in str(caught.value)
 
 
+def test_an_avif_file_without_its_data(tmp_path: Path) -> None:
+    """Its reader raises RuntimeError."""
+    path = tmp_path / "a.avif"
+    Image.fromarray(_picture()).save(path)
+    data = path.read_bytes()
+    start = data.find(b"mdat") + 4
+    path.write_bytes(data[:start] + bytes(len(data) - start))
+    with pytest.raises(MediaError) as caught:
+        read_image(path, LIMITS)
+    assert caught.value.code == "decode_errors"
+
+
 def test_what_is_no_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")  # reading it would wait for ever
     for path, code in (
