@@ -27,7 +27,7 @@ from __future__ import annotations
 import itertools
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -66,11 +66,13 @@ from tasks.manifest import (
     check_counts,
     iter_table,
     iter_table_if_any,
+    read_json,
     read_table_metadata,
+    write_json,
     write_table,
 )
 from tasks.plan import planned
-from tasks.publish import Content, ListDigest, publish, published
+from tasks.publish import Content, ListDigest, complete, publish, published, remove_old
 from tasks.retries import Retries
 from tasks.shard_worker import (
     Place,
@@ -88,6 +90,7 @@ log = logging.getLogger(__name__)
 
 VIDEOS: Final = "videos.parquet"
 WORK: Final = ".work"
+COUNTS: Final = ".work/changes.json"
 LEASE: Final = ".state/lease"
 MAX_ROUNDS: Final = 3
 PREVIEWS_AT_ONCE: Final = 16
@@ -208,12 +211,14 @@ class _Run:
         self._is_whole = True  # the dataset as it is
         self._num_retried = 0
         self._waiting: set[str] = set()  # ids of the items whose next try is not due
+        self._tried: set[str] = set()  # of those that failed in this run, for a passing reason
         self._sessions = ExitStack()
         self._has_ray = False
 
     def run(self) -> tuple[DatasetManifest, DatasetChanges]:
         with self._sessions:
             self._out.sweep()
+            complete(self._out)
             self._begin()
             for _ in range(MAX_ROUNDS):
                 self._cut()
@@ -224,7 +229,13 @@ class _Run:
                 raise StorageError("clips vanish as they are made", subject=self._out.uri)
             self._check()
             content = self._content()
-            done = self._published(content) or self._publish(content)
+            done = self._published(content)
+            if done is None:
+                done = self._publish(content)
+            elif any(True for _ in self._out.list(f"{WORK}/")):
+                # A run was killed at its end; or what was cut again is what it was.
+                self._write_ledger()
+                remove_old(self._out, self._publishable(content, counts={}))
         self._tidy()
         return done
 
@@ -247,9 +258,10 @@ class _Run:
         """Take stock: the dataset as it is, and the results that there are."""
         book, out = self._book, self._out
         book.begin()
-        book.add_before(
-            iter_table_if_any(out, MANIFEST, ClipRecord), iter_table_if_any(out, FAILURES, Failure)
-        )
+        if out.exists(MANIFEST):  # without it, failures are of a run that came to nothing
+            book.add_before(
+                iter_table(out, MANIFEST, ClipRecord), iter_table_if_any(out, FAILURES, Failure)
+            )
         keys = (info.key for split in ("train/", "test/") for info in out.list(split))
         there = {key if key.endswith(".arrow") else key.rpartition("/")[0] for key in keys}
         gone = [key for key in book.before_shards() if key not in there]
@@ -274,11 +286,11 @@ class _Run:
         book = self._book
         book.set_earlier(listed_results(self._out, self._work), place="journal")
         book.choose()
-        again = set(book.retryable())
+        again = set(book.retryable()) - self._tried
         self._waiting = {item for item in again if not self._retries.due(item)}
-        self._num_retried = len(again) - len(self._waiting)
-        if self._waiting:
-            book.choose(waiting=self._waiting)
+        self._num_retried += len(again) - len(self._waiting)
+        if self._waiting or self._tried:
+            book.choose(waiting=self._waiting | self._tried)
 
     # --- cutting
 
@@ -295,8 +307,8 @@ class _Run:
         # What failed for a passing reason in this run has its result now.
         self._book.set_earlier(listed_results(self._out, self._work), place="journal")
         self._book.choose(waiting=self._waiting)
-        tried = set(self._book.retryable())
-        self._book.choose(waiting=self._waiting | tried)
+        self._tried |= set(self._book.retryable())
+        self._book.choose(waiting=self._waiting | self._tried)
         lacking = self._book.num_todo()
         if lacking:
             raise StorageError(f"{lacking} results are gone", subject=self._out.uri)
@@ -305,10 +317,13 @@ class _Run:
         counter = _Counter("preprocess", todo, self._report)
 
         def lost(item: VideoItem, failure: Failure) -> None:
-            if failure.stage == "download" and failure.code in WorkerError.codes:
+            by_worker = failure.stage == "download" and failure.code in WorkerError.codes
+            if by_worker:
                 put_result(self._out, self._work, given_up(item, failure))
-            if failure.retryable:
+            if failure.retryable or by_worker:
                 self._retries.failed(item.item_id, failure.code)
+            else:
+                self._retries.done(item.item_id)
             counter.add(failed=True)
 
         work = (self._job, self._raw.uri, self._work)
@@ -422,28 +437,51 @@ class _Run:
         return manifest, replace(changes, retried=self._num_retried, waiting=len(self._waiting))
 
     def _publish(self, content: str) -> tuple[DatasetManifest, DatasetChanges]:
-        book = self._book
-        folders = [key for key in book.before_shards() if not key.endswith(".arrow")]
-        self._place(set(folders))
+        counts = self._counts(content)
+        what = self._publishable(content, counts)
+        self._place(set(what.folders_before))
         self._held.check()
-        write_table(
-            self._out,
-            VIDEOS,
-            (read_result(data) for data in book.results()),
-            VideoResult,
-            metadata={"cut_digest": self._cut_digest},
-        )
-        counts = {"retried": self._num_retried, "waiting": len(self._waiting)}
-        what = Content(
+        self._write_ledger()
+        return publish(self._out, what, draw_previews=self._draw_previews)
+
+    def _publishable(self, content: str, counts: Mapping[str, int]) -> Content:
+        book = self._book
+        return Content(
             clips=book.clips,
             failures=book.failures,
             settings_digest=self._settings_digest,
-            changes=book.changes() | counts,
+            changes=counts,
             metadata={"content": content},
             keep_versions=self._job.storage.keep_versions,
-            folders_before=folders,
+            folders_before=[key for key in book.before_shards() if not key.endswith(".arrow")],
         )
-        return publish(self._out, what, draw_previews=self._draw_previews)
+
+    def _counts(self, content: str) -> dict[str, int]:
+        """What changes. Noted by the first run that comes here: one after it, should this one be
+        killed, may find the half of it done.
+        """
+        of = digest([content, self._settings_digest])
+        try:
+            noted = read_json(self._out, COUNTS)
+        except StorageError as error:
+            if error.code != "not_found":
+                raise
+            noted = {}
+        if noted.get("of") == of:
+            return dict(noted["counts"])
+        counts = self._book.changes()
+        counts |= {"retried": self._num_retried, "waiting": len(self._waiting)}
+        write_json(self._out, COUNTS, {"of": of, "counts": counts})
+        return counts
+
+    def _write_ledger(self) -> None:
+        write_table(
+            self._out,
+            VIDEOS,
+            (read_result(data) for data in self._book.results()),
+            VideoResult,
+            metadata={"cut_digest": self._cut_digest},
+        )
 
     def _place(self, folders: set[str]) -> None:
         """Put the clips into their shards or folders, as far as they are not there."""

@@ -1,7 +1,8 @@
 """A dataset's tables, page and manifest, written in the order that keeps every reader whole.
 
-    failures.parquet  index.html  previews/  changes.json  versions.json  stats.json
-    manifest.parquet  last: without it there is no dataset, and with it all else is there
+    failures.parquet  index.html  previews/  changes.json  stats.json
+    manifest.parquet  without it there is no dataset, and with it all that a reader needs is there
+    versions.json     what was published; `complete` adds what a run was killed before it could
     versions/<n>.parquet  older manifests, whose shards are kept, as many as were asked for
 
 Clips and failures are streamed: memory is flat, however many there are.
@@ -20,7 +21,7 @@ from typing import Any, Final
 from kpmask.data.dataset import CHANGES, FAILURES, MANIFEST, STATS, VERSIONS, version_key
 from kpmask.data.layouts import IMAGE_SUFFIXES
 from kpmask.errors import StorageError
-from kpmask.records import ClipRecord, DatasetChanges, DatasetManifest, Failure
+from kpmask.records import ClipRecord, DatasetChanges, DatasetManifest, Failure, digest
 from kpmask.report.dataset import DatasetSummary, dataset_page
 from kpmask.report.previews import PREVIEWS, preview_key
 from tasks.manifest import iter_table, read_json, read_table_metadata, write_json, write_table
@@ -76,15 +77,20 @@ def publish(
     Raises:
         StorageError: the store does not answer.
     """
+    complete(store)
     summary = DatasetSummary()
     manifest = _summarised(store, content, summary)
     previews = _drawn(store, summary.shown, draw_previews or _draw_here(store))
-    changes = _numbered(store, manifest, content.changes)
     metadata = {
         "settings_digest": manifest.settings_digest,
         "dataset_id": manifest.dataset_id,
         **content.metadata,
     }
+    last = _last_version(store)
+    is_new = last.get("mark") != _mark(metadata)  # or else an old one is mended
+    changes = DatasetChanges(
+        version=last["version"] + is_new, dataset_id=manifest.dataset_id, **content.changes
+    )
     page = dataset_page(
         title=PurePosixPath(store.uri).name,
         manifest=manifest,
@@ -96,11 +102,20 @@ def publish(
     store.put(PAGE, page.encode())
     write_json(store, CHANGES, changes)
     write_json(store, STATS, manifest)
-    _keep_version(store, content.keep_versions)
-    write_json(store, VERSIONS, [*_versions(store), _version(manifest, changes)])
+    if is_new:
+        _keep_version(store, content.keep_versions)
     write_table(store, MANIFEST, content.clips(), ClipRecord, metadata=metadata)
+    complete(store)
     _remove_old(store, content, set(previews.values()))
     return manifest, changes
+
+
+def remove_old(store: ObjectStore, content: Content) -> None:
+    """Remove what `publish` removes at its end, where a run was killed before it could."""
+    summary = DatasetSummary()
+    for clip in content.clips():
+        summary.add(clip)
+    _remove_old(store, content, {preview_key(clip.clip_id) for clip in summary.shown})
 
 
 def _summarised(store: ObjectStore, content: Content, summary: DatasetSummary) -> DatasetManifest:
@@ -156,21 +171,42 @@ def _versions(store: ObjectStore) -> list[dict[str, Any]]:
     return list(found)
 
 
-def _numbered(
-    store: ObjectStore, manifest: DatasetManifest, changes: Mapping[str, int]
-) -> DatasetChanges:
-    version = max((int(v["version"]) for v in _versions(store)), default=0) + 1
-    return DatasetChanges(version=version, dataset_id=manifest.dataset_id, **changes)
+def _last_version(store: ObjectStore) -> dict[str, Any]:
+    return max(_versions(store), key=lambda v: int(v["version"]), default={"version": 0})
 
 
-def _version(manifest: DatasetManifest, changes: DatasetChanges) -> dict[str, Any]:
+def complete(store: ObjectStore) -> None:
+    """Note the manifest that there is among the versions; to be called before any change.
+
+    Raises:
+        StorageError: the store does not answer.
+    """
+    if not all(store.exists(key) for key in (MANIFEST, STATS, CHANGES)):
+        return
+    versions, metadata = _versions(store), read_table_metadata(store, MANIFEST)
+    changes, stats = read_json(store, CHANGES), read_json(store, STATS)
+    last = _last_version(store)
+    # What is written before a manifest may be of one that did not come.
+    its_own = metadata.get("dataset_id") == changes["dataset_id"] == stats["dataset_id"]
+    if its_own and changes["version"] > last["version"] and _mark(metadata) != last.get("mark"):
+        write_json(store, VERSIONS, [*versions, _version(stats, changes, _mark(metadata))])
+
+
+def _mark(metadata: Mapping[str, str]) -> str:
+    """What tells a manifest from the one before it."""
+    names = sorted(set(metadata) & {"settings_digest", "dataset_id", "content"})
+    return digest([[name, metadata[name]] for name in names])[:16]
+
+
+def _version(stats: Mapping[str, Any], changes: Mapping[str, Any], mark: str) -> dict[str, Any]:
     return {
-        "version": changes.version,
-        "dataset_id": manifest.dataset_id,
-        "num_clips": manifest.num_train + manifest.num_test,
-        "num_failures": manifest.num_failures,
-        "clips_added": changes.clips_added,
-        "clips_removed": changes.clips_removed,
+        "version": changes["version"],
+        "dataset_id": stats["dataset_id"],
+        "num_clips": stats["num_train"] + stats["num_test"],
+        "num_failures": stats["num_failures"],
+        "clips_added": changes["clips_added"],
+        "clips_removed": changes["clips_removed"],
+        "mark": mark,
     }
 
 
@@ -209,9 +245,10 @@ def published(
     """The dataset as it is and no changes, if it is whole and made of that content."""
     if not all(store.exists(key) for key in (STATS, FAILURES, PAGE, CHANGES, MANIFEST)):
         return None
-    metadata = read_table_metadata(store, MANIFEST)
-    if (metadata.get("content"), metadata.get("settings_digest")) != (content, settings_digest):
-        return None
+    for key in (MANIFEST, FAILURES):  # the latter is the first that is written of a new one
+        metadata = read_table_metadata(store, key)
+        if (metadata.get("content"), metadata.get("settings_digest")) != (content, settings_digest):
+            return None
     manifest = DatasetManifest(**read_json(store, STATS))
     if manifest.uri != store.uri:
         return None
