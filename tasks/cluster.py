@@ -16,6 +16,7 @@ import re
 import secrets
 import shutil
 import socket
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
@@ -35,6 +36,7 @@ SHARED_MEMORY_FRACTION: Final = 0.8
 BACKOFF_S: Final = 0.5  # before the second attempt; doubles with each
 MAX_BACKOFF_S: Final = 30.0
 MAX_WAIT_S: Final = 5.0
+STOP_S: Final = 0.5  # until a request to stop is seen
 STARVED_S: Final = 0.05  # until a source that had nothing is asked again
 CONNECT_TIMEOUT_S: Final = 10.0
 MAX_START_DEATHS: Final = 3
@@ -193,6 +195,7 @@ def run_items(
     cluster: Cluster,
     total: int | None = None,
     on_progress: Callable[[Progress], None] | None = None,
+    stop: threading.Event | None = None,
 ) -> Iterator[Outcome[T, R]]:
     """Work on items in actors, each with a `worker(*worker_args)`; outcomes as they come.
 
@@ -215,6 +218,7 @@ def run_items(
         cluster: workers, their resources and the limits.
         total: how many items there are at most; needed where `items` has no length.
         on_progress: called after every outcome.
+        stop: set by another thread, it ends the outcomes, whatever is in flight.
 
     Raises:
         ConfigError: the cluster has not the resources for one worker.
@@ -224,7 +228,7 @@ def run_items(
     assert total is not None, "a source without a length needs a total"
     if total == 0:
         return
-    pool = _Pool(items, total, worker, worker_args, key, stage, cluster)
+    pool = _Pool(items, total, worker, worker_args, key, stage, cluster, stop)
     num_failed = 0
     try:
         for number, outcome in enumerate(pool.outcomes(), start=1):
@@ -326,9 +330,11 @@ class _Pool(Generic[T, R]):
         key: Callable[[T], str],
         stage: str,
         cluster: Cluster,
+        stop: threading.Event | None = None,
     ) -> None:
         import ray
 
+        self._stop = stop
         self._fresh = enumerate(items)
         self._exhausted = False  # no fresh item will come
         self._starved = False  # the source had none at the last look
@@ -348,6 +354,8 @@ class _Pool(Generic[T, R]):
         for _ in range(self._num_workers):
             self._add_actor()
         while not self._settled():
+            if self._stop is not None and self._stop.is_set():
+                return
             self._dispatch()
             if self._finished():
                 break
@@ -418,7 +426,8 @@ class _Pool(Generic[T, R]):
             until.append(self._waiting[0][0])
         if self._idle and self._starved:
             until.append(now + STARVED_S)
-        timeout_s = min(max(min(until, default=now) - now, 0.01), MAX_WAIT_S)
+        longest_s = MAX_WAIT_S if self._stop is None else STOP_S
+        timeout_s = min(max(min(until, default=now) - now, 0.01), longest_s)
         if not self._slots:  # every actor is idle until a back-off is over
             time.sleep(timeout_s)
             return []

@@ -140,6 +140,7 @@ class _Downloads:
             stage="download",
             cluster=self._cluster(),
             total=self._total,
+            stop=self._stop,
         )
         try:
             for outcome in outcomes:

@@ -7,6 +7,7 @@ return is pickled all the same.
 from __future__ import annotations
 
 import pickle
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
@@ -20,7 +21,7 @@ from kpmask.records import Failure, Progress
 from tasks.cluster import Outcome, Pending
 
 
-def copied(value: Any) -> Any:  # noqa: ANN401 - whatever a worker is given
+def copied(value: Any) -> Any:
     return pickle.loads(pickle.dumps(value))
 
 
@@ -34,10 +35,13 @@ def run_inline(
     cluster: Cluster,
     total: int | None = None,
     on_progress: Callable[[Progress], None] | None = None,
+    stop: threading.Event | None = None,
 ) -> Iterator[Outcome[Any, Any]]:
     """`tasks.cluster.run_items` without actors, and without second attempts."""
     host = worker(*copied(worker_args))
     for item in items:
+        if stop is not None and stop.is_set():
+            return
         if isinstance(item, Pending):
             time.sleep(0.002)
             continue
