@@ -108,9 +108,9 @@ def _json(value: Any) -> str:  # noqa: ANN401 - any JSON value
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
-def part_key(work: str, item_id: str) -> str:
+def part_key(work: str, name: str) -> str:
     """Where the images of a video's clips wait to become part of shards."""
-    return f"{work}/{PARTS}/{item_id}.arrow"
+    return f"{work}/{PARTS}/{name}.arrow"
 
 
 def put_result(store: ObjectStore, work: str, result: VideoResult) -> None:
@@ -237,7 +237,9 @@ class ClipCutter:
         path = self._found(item, folder)
         sha256 = _sha256(path)
         failures: list[Failure] = []
-        with _Part(folder / "part.arrow", part_key(self._work, item.item_id)) as part:
+        # With the state of the files in its name: no result finds another one's images there.
+        key = part_key(self._work, f"{item.item_id}.{item.state or 'none'}")
+        with _Part(folder / "part.arrow", key) as part:
             for rows, video in self._views(item, path, folder, failures):
                 try:
                     self._cut_view(rows, video, sha256, folder, part, failures)
@@ -260,10 +262,12 @@ class ClipCutter:
         for camera in camera_videos(
             path, folder, settings=self._job.robonet, limits=self._job.limits
         ):
+            # The item's name is unique; two trajectories in different folders may share theirs,
+            # and one out of an object store has the name of a file in the cache.
             if isinstance(camera, Failure):
-                failures.append(camera)
+                failed = item.name + camera.item.removeprefix(path.stem)
+                failures.append(replace(camera, item=failed))
                 continue
-            # The item's name is unique; two trajectories in different folders may share theirs.
             name = f"{item.name}#{camera.name.rpartition('#')[2]}"
             yield (replace(row, video_id=name),), camera.path
 

@@ -12,6 +12,8 @@ import hashlib
 import os
 import secrets
 import shutil
+import sqlite3
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -25,7 +27,7 @@ from kpmask.data.layouts import (
     find_sources,
     partition_of,
 )
-from kpmask.data.metadata import checked_name, leaking_rows, raw_stem
+from kpmask.data.metadata import checked_name, leaking_rows
 from kpmask.data.sources import identity_of, source_rows
 from kpmask.errors import ConfigError, ItemError, StorageError
 from kpmask.preprocess import failure_of
@@ -50,6 +52,11 @@ def planned(job: PreprocessJob, folder: Path) -> Iterator[tuple[Workbook, Object
         StorageError: a store does not answer.
     """
     path = folder / "run.sqlite"
+    with _full_disks(path):
+        yield from _planned(job, path)
+
+
+def _planned(job: PreprocessJob, path: Path) -> Iterator[tuple[Workbook, ObjectStore]]:
     if job.metadata is not None:
         raw = open_store(job.raw) if job.raw else open_store(job.out).child("raw")
         with os_errors(str(path)):
@@ -58,7 +65,8 @@ def planned(job: PreprocessJob, folder: Path) -> Iterator[tuple[Workbook, Object
             book.set_files(_raw_videos(raw.list(), files_of(job)))
             yield book, raw
         return
-    with Workbook(path, video_of=str if _one_clip_video(job) else raw_stem) as book:
+    video_of = _video_of_camera if job.source_kind == "robonet" else str
+    with Workbook(path, video_of=video_of) as book:
         book.create()
         yield book, _list_videos_into(book, job)
 
@@ -71,9 +79,9 @@ def files_of(job: PreprocessJob) -> frozenset[str]:
 ROBONET_SUFFIXES: Final = frozenset({".hdf5", ".h5"})
 
 
-def _one_clip_video(job: PreprocessJob) -> bool:
-    """Whether a clip's `video_id` is its item's name."""
-    return job.source_kind != "robonet"
+def _video_of_camera(video_id: str) -> str:
+    """The trajectory's name, which may have a `#` itself, by that of one of its cameras."""
+    return video_id.rpartition("#")[0]
 
 
 # --- tables and annotations ------------------------------------------------------------------
@@ -83,8 +91,9 @@ def _table_plan(job: PreprocessJob) -> Path:
     """The plan of a job's annotations, made now or by an earlier run."""
     assert job.metadata is not None
     source = _local_annotations(job.metadata)
+    name = source.name if Path(job.metadata).exists() else job.metadata.rpartition("/")[2]
     split = [sorted(job.clips.test_identities), job.clips.test_fraction]
-    made_from = [PLAN_VERSION, job.source_kind, source.name, _content_of(source), split]
+    made_from = [PLAN_VERSION, job.source_kind, name, _content_of(source), split]
     folder = user_cache().folder.parent / "plans"
     path = folder / f"{digest(made_from)}.sqlite"
     with os_errors(str(folder)):
@@ -94,8 +103,8 @@ def _table_plan(job: PreprocessJob) -> Path:
             return path
     temporary = folder / f".tmp-{secrets.token_hex(8)}.sqlite"
     try:
-        _make_plan(temporary, job, source)
-        with os_errors(str(folder)):
+        with os_errors(str(folder)), _named(source, name) as named, _full_disks(temporary):
+            _make_plan(temporary, job, named)
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -115,6 +124,33 @@ def _make_plan(path: Path, job: PreprocessJob, source: Path) -> None:
         book.add_rows(rows)
         book.check_rows(source.name)
         book.group_rows()
+
+
+@contextmanager
+def _named(source: Path, name: str) -> Iterator[Path]:
+    """A file by its own name, which messages have, where it is a copy out of an object store."""
+    if source.name == name:
+        yield source
+        return
+    with tempfile.TemporaryDirectory(prefix="kpmask-") as folder:
+        link = Path(folder) / name
+        link.symlink_to(source)
+        yield link
+
+
+@contextmanager
+def _full_disks(path: Path) -> Iterator[None]:
+    """Turn an error of SQLite's, at the file `path`, into a `StorageError`."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        full = error.sqlite_errorcode == sqlite3.SQLITE_FULL
+        raise StorageError(
+            str(error),
+            subject=str(path.parent),
+            code="no_space" if full else "unavailable",
+            hint="free some space; TMPDIR and KPMASK_CACHE say where tables are kept",
+        ) from error
 
 
 def _local_annotations(reference: str) -> Path:
