@@ -1,4 +1,4 @@
-"""Every command of the README runs, in its order, as a reader would run them.
+"""Every command of the README and the guides runs, in its order, as a reader would run them.
 
 `make demo` and `make test` are the two that are not run here: the second runs this file, and the
 first is these four jobs with a longer training.
@@ -17,11 +17,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDES = (ROOT / "docs" / "datasets.md",)
 COMMAND_LIMIT_S = 300
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -46,7 +47,9 @@ def run(command: list[str], folder: Path) -> str:
 def tour(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder after all shell commands."""
     folder = tmp_path_factory.mktemp("readme")
-    commands = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+    texts = [README, *(guide.read_text(encoding="utf-8") for guide in GUIDES)]
+    found = [block for text in texts for block in blocks("bash", text)]
+    commands = [line for block in found for line in block.splitlines() if line.strip()]
     assert len(commands) >= 10
     for command in commands:
         run(shlex.split(command), folder)
@@ -67,6 +70,9 @@ def test_commands_leave_what_the_readme_says(tour: Path) -> None:
         "tour/grid/manifest.parquet",
         "tour/scores/scores.parquet",
         "tour/compared/comparison.json",
+        "tour/found/manifest.parquet",
+        "tour/export/export.json",
+        "tour/imported/manifest.parquet",
     ):
         assert (tour / name).stat().st_size > 0, name
     assert not (tour / "tour/png").exists()  # was a dry run
@@ -79,9 +85,9 @@ def test_python_example(tour: Path) -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    links = re.findall(r"\]\((?!https?://)([^)#]+)", README)
-    missing = [link for link in links if not (ROOT / link).exists()]
-    assert missing == []
+    for text, folder in [(README, ROOT), *((g.read_text("utf-8"), g.parent) for g in GUIDES)]:
+        links = re.findall(r"\]\((?!https?://)([^)#]+)", text)
+        assert [link for link in links if not (folder / link).exists()] == []
 
 
 def test_make_targets_exist() -> None:
