@@ -180,7 +180,7 @@ class Quality(Part):
     duplicates: Literal["keep", "drop"] = "keep"
     # How many of a hash's 64 bits may differ between clips that repeat each other: 0 for equal
     # ones, 6 finds most that were coded again or cropped by a hundredth, 8 by two. Other spans of
-    # the same video have 14 and more. A million clips take half a minute at 6, minutes at 8.
+    # the same video have 14 and more. A million clips take 10 s at 6, a minute at 8.
     max_hash_bits: Annotated[int, Field(ge=0, le=12)] = 6
 
     @model_validator(mode="after")
@@ -207,10 +207,10 @@ class Storage(Part):
 class PreprocessJob(Part):
     """Cut raw videos into a dataset of clips."""
 
-    out: str
-    metadata: str | None = None
-    videos: str | None = None
-    raw: str | None = None
+    out: str  # folder or s3://bucket/prefix of the dataset
+    metadata: str | None = None  # table or annotations of the clips: this or `videos`
+    videos: str | None = None  # folder or glob of whole videos
+    raw: str | None = None  # folder or s3:// of raw videos; what lacks is downloaded into it
     source: SourceKind | None = None  # None: a table with metadata, else videos
     clips: Clips = Clips()
     subject: Subject = Subject()
@@ -221,7 +221,7 @@ class PreprocessJob(Part):
     retry: Retry = Retry()
     limits: MediaLimits = MediaLimits()
     cluster: Cluster = Cluster()
-    max_failed_fraction: Fraction = 0.5
+    max_failed_fraction: Fraction = 0.5  # of what was asked for; beyond it the run fails
 
     @model_validator(mode="after")
     def _one_input(self) -> PreprocessJob:
@@ -796,6 +796,15 @@ def resolve_job(
         _apply_override(tree, path, value)
     tree = _merged(tree, {k: v for k, v in (flags or {}).items() if v is not None})
     return validated(job_type, tree)
+
+
+def overridden(job: J, overrides: Sequence[str]) -> J:
+    """A job with some settings changed by `key=value` texts; raises as `resolve_job`."""
+    tree = job.model_dump(mode="json")
+    for text in overrides:
+        path, value = parse_override(text)
+        _apply_override(tree, path, value)
+    return validated(type(job), tree)
 
 
 def validated(part_type: type[J], tree: Mapping[str, Any]) -> J:
