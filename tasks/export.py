@@ -17,6 +17,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import tempfile
 from collections import Counter
@@ -48,11 +49,15 @@ from kpmask.media.images import encode_png
 from kpmask.preprocess import failure_of
 from kpmask.records import ClipRecord, DatasetManifest, Failure, Progress, as_dict, digest
 from tasks.cluster import ray_session, run_items
+from tasks.lease import Lease, lease
 from tasks.manifest import Journal, check_failures, read_json, write_json, write_table
 from tasks.storage import absolute, open_store, os_errors
 from tasks.verify import open_manifest
 
+log = logging.getLogger(__name__)
+
 WORK: Final = ".work"
+LEASE: Final = ".state/lease"
 STAGE: Final = "export"
 EXPORT_VERSION: Final = 1  # of what is written
 PUT_THREADS: Final = 8
@@ -106,7 +111,10 @@ def export_dataset(
     job = job.model_copy(update={"data": absolute(job.data), "out": absolute(job.out)})
     _, path, stats = open_manifest(job.data)
     run = _Export(job, path, stats, report)
-    return run.planned() if dry_run else run.run()
+    if dry_run:
+        return run.planned()
+    with lease(open_store(job.out), LEASE, on_wait=log.warning) as held:
+        return run.run(held)
 
 
 def media_key(clip: ClipRecord, form: str) -> str:
@@ -288,7 +296,9 @@ class _Export:
         """What is asked for."""
         return self._summary({clip_key(clip): _NONE for clip in self._clips()})
 
-    def run(self) -> ExportManifest:
+    def run(self, held: Lease) -> ExportManifest:
+        """Export what is not there whole, while the lease is held."""
+        self._held = held
         said, before = self._before()
         tars = {tar.file: tar for tar in _tars(said)}
         if self._job.form == "webdataset":
@@ -443,6 +453,7 @@ class _Export:
                 on_progress=self._report,
             )
             for outcome in outcomes:
+                self._held.check()
                 if outcome.failure is not None:
                     names = [clip.name for clip in outcome.item.clips]
                     self._failures += [replace(outcome.failure, item=name) for name in names]
@@ -493,6 +504,7 @@ class _Export:
         files: Set[str],
     ) -> None:
         """Write the tables over those that there may be; then `export.json`."""
+        self._held.check()
         self._take_back()
         self._remove_old(files)
         with tempfile.TemporaryDirectory(prefix="kpmask-") as folder, os_errors(METADATA):

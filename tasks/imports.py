@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import sqlite3
 import tempfile
 from collections import Counter
@@ -57,6 +58,7 @@ from kpmask.records import (
     digest,
 )
 from tasks.cluster import ray_session, run_items
+from tasks.lease import Lease, lease
 from tasks.manifest import (
     check_failures,
     iter_table_if_any,
@@ -64,9 +66,12 @@ from tasks.manifest import (
     write_json,
     write_table,
 )
+from tasks.preprocess import LEASE
 from tasks.publish import Content, publish
 from tasks.shard_worker import Placer, folders_of, shards_of
 from tasks.storage import LocalStore, ObjectInfo, ObjectStore, absolute, open_store, os_errors
+
+log = logging.getLogger(__name__)
 
 IMPORT: Final = "import.json"
 WORK: Final = ".work"
@@ -103,8 +108,11 @@ def import_dataset(
     inputs = read_inputs(job)
     if dry_run:
         return _planned(job, inputs)
-    with tempfile.TemporaryDirectory(prefix="kpmask-import-") as folder:
-        return _Import(job, inputs, Path(folder), report).run()
+    with (
+        tempfile.TemporaryDirectory(prefix="kpmask-import-") as folder,
+        lease(open_store(job.out), LEASE, on_wait=log.warning) as held,
+    ):
+        return _Import(job, inputs, Path(folder), report, held).run()
 
 
 # --- inputs ----------------------------------------------------------------------------------
@@ -384,6 +392,16 @@ def _of_sample(sample: Sample, partition: Partition | None) -> ClipSource:
 # --- the book --------------------------------------------------------------------------------
 
 
+_SETTLE: Final = """
+CREATE INDEX clip_by_identity ON clip (identity, part);
+CREATE INDEX clip_by_name ON clip (name);
+CREATE INDEX clip_by_id ON clip (clip_id);
+-- An identity of which some clips have a split: the rest go with them.
+UPDATE clip SET part = (SELECT min(other.part) FROM clip AS other
+                        WHERE other.identity = clip.identity) WHERE part IS NULL;
+"""
+
+
 class _Book:
     """The clips of an import, in a file on this machine's disk."""
 
@@ -430,16 +448,7 @@ class _Book:
             )
         ]
         drawn = assign_splits(free, test_fraction=test_fraction)
-        self._sql.executescript(
-            """
-            CREATE INDEX clip_by_identity ON clip (identity, part);
-            CREATE INDEX clip_by_name ON clip (name);
-            CREATE INDEX clip_by_id ON clip (clip_id);
-            -- An identity of which some clips have a split: the rest go with them.
-            UPDATE clip SET part = (SELECT min(other.part) FROM clip AS other
-                                    WHERE other.identity = clip.identity) WHERE part IS NULL;
-            """
-        )
+        self._sql.executescript(_SETTLE)
         self._sql.executemany(
             "UPDATE clip SET part = ? WHERE identity = ? AND part IS NULL",
             ((part, identity) for identity, part in drawn.items()),
@@ -500,8 +509,11 @@ def _json(record: Any) -> str:  # noqa: ANN401 - any record
 class _Import:
     """One go at an import."""
 
-    def __init__(self, job: ImportJob, inputs: Inputs, folder: Path, report: OnProgress) -> None:
+    def __init__(
+        self, job: ImportJob, inputs: Inputs, folder: Path, report: OnProgress, held: Lease
+    ) -> None:
         self._job = job
+        self._held = held
         self._inputs = inputs
         self._report = report
         self._out = open_store(job.out)
@@ -568,6 +580,7 @@ class _Import:
         )
         lost = set()
         for outcome in outcomes:
+            self._held.check()
             if outcome.failure is not None:
                 book.add_failures([outcome.failure])
                 lost.add(outcome.item.item_id)
@@ -604,11 +617,33 @@ class _Import:
 
     def _publish(self, book: _Book) -> DatasetManifest:
         storage = self._job.storage
-        as_folders = storage.layout == "folders"
         changes = self._changes(book)
         old = {clip.shard for clip in self._old(MANIFEST, ClipRecord)}
-        if as_folders:  # of the same names, whose content may change
+        if storage.layout == "folders":  # of the same names, whose content may change
             self._out.delete(MANIFEST)
+        self._place(book)
+        self._held.check()
+        manifest, _ = publish(
+            self._out,
+            Content(
+                clips=book.clips,
+                failures=book.failures,
+                settings_digest=self._settings_digest,
+                changes=changes,
+                keep_versions=storage.keep_versions,
+                folders_before=sorted(key for key in old if not key.endswith(".arrow")),
+            ),
+        )
+        return manifest
+
+    def _place(self, book: _Book) -> None:
+        """Put the clips into their shards or folders, as far as they are not there.
+
+        Raises:
+            RunFailed: one could not be written.
+        """
+        storage = self._job.storage
+        as_folders = storage.layout == "folders"
         places = list(
             folders_of(book.sources())
             if as_folders
@@ -629,21 +664,8 @@ class _Import:
         )
         for outcome in outcomes:
             if outcome.failure is not None:
-                raise RunFailed(
-                    f"{outcome.failure.item}: {outcome.failure.cause}", code="no_output"
-                )
-        manifest, _ = publish(
-            self._out,
-            Content(
-                clips=book.clips,
-                failures=book.failures,
-                settings_digest=self._settings_digest,
-                changes=changes,
-                keep_versions=storage.keep_versions,
-                folders_before=sorted(key for key in old if not key.endswith(".arrow")),
-            ),
-        )
-        return manifest
+                cause = f"{outcome.failure.item}: {outcome.failure.cause}"
+                raise RunFailed(cause, code="no_output")
 
     def _changes(self, book: _Book) -> dict[str, int]:
         """What is new in comparison with the dataset that there is, if any."""

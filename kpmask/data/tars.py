@@ -297,31 +297,37 @@ def _unpack(
     sample.num_bytes += member.size
     if sample.refused is not None:
         return
-    if suffix == ".json":
-        if member.size > MAX_JSON_BYTES:
-            sample.refused = MediaError(f"JSON of {member.size} bytes", code="too_large")
-        else:
-            sample.text = _content(tar, member)
+    videos = PurePosixPath(f"x{suffix}").suffix in VIDEO_SUFFIXES
+    files = sample.videos if videos else sample.pictures
+    target = sample.folder / f"frame{suffix}"
+    sample.refused = _too_much(member, suffix, sample, len(files), limits)
+    if sample.refused is not None:
         return
+    if suffix == ".json":
+        sample.text = _content(tar, member)
+    elif target.exists():
+        sample.refused = RowError(f"two files {suffix!r}", code="duplicate_name")
+    else:
+        _copy(tar, member, target)
+        files.append(target)
+
+
+def _too_much(
+    member: tarfile.TarInfo, suffix: str, sample: _Unpacking, num_files: int, limits: MediaLimits
+) -> MediaError | RowError | None:
+    """Why a sample with this member in it would break a limit."""
+    if suffix == ".json":
+        if member.size <= MAX_JSON_BYTES:
+            return None
+        return MediaError(f"JSON of {member.size} bytes", code="too_large")
     if sample.num_bytes > limits.max_bytes:
         cause = f"{sample.num_bytes} bytes, and the limit is {limits.max_bytes}"
-        sample.refused = MediaError(cause, code="too_large")
-        return
-    last = PurePosixPath(f"x{suffix}").suffix
-    files = sample.videos if last in VIDEO_SUFFIXES else sample.pictures
-    if len(files) >= limits.max_frames:
-        cause = f"more than {limits.max_frames} pictures"
-        sample.refused = MediaError(cause, code="frames_over_limit")
-        return
+        return MediaError(cause, code="too_large")
+    if num_files >= limits.max_frames:
+        return MediaError(f"more than {limits.max_frames} pictures", code="frames_over_limit")
     if not re.fullmatch(r"[a-z0-9._-]{1,100}", suffix):
-        sample.refused = RowError(f"the suffix {suffix[:80]!r} is none", code="path_escape")
-        return
-    target = sample.folder / f"frame{suffix}"
-    if target.exists():
-        sample.refused = RowError(f"two files {suffix!r}", code="duplicate_name")
-        return
-    _copy(tar, member, target)
-    files.append(target)
+        return RowError(f"the suffix {suffix[:80]!r} is none", code="path_escape")
+    return None
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
