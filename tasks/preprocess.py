@@ -37,7 +37,8 @@ from typing import Final, TypeVar
 from kpmask.config import PreprocessJob
 from kpmask.data.dataset import FAILURES, MANIFEST
 from kpmask.data.detectors import require_detector
-from kpmask.data.duplicates import near_duplicates
+from kpmask.data.duplicates import look_distances, near_duplicates
+from kpmask.data.quality import MEASURES_VERSION
 from kpmask.errors import ConfigError, QualityError, RunFailed, StorageError, WorkerError
 from kpmask.preprocess import CODE_VERSION, failure_of
 from kpmask.records import (
@@ -180,6 +181,7 @@ def cut_digest(job: PreprocessJob) -> str:
     clips = job.clips.model_dump(mode="json", exclude={"test_fraction", "test_identities"})
     images = job.storage.model_dump(mode="json", include={"image_format", "jpeg_quality"})
     quality = job.quality.model_dump(mode="json", exclude={"duplicates", "max_hash_bits"})
+    quality["version"] = MEASURES_VERSION
     parts = [part.digest() for part in (job.limits, job.subject, job.robonet)]
     return digest([CODE_VERSION, clips, images, quality, job.download.enabled, parts])[:16]
 
@@ -384,15 +386,16 @@ class _Run:
         """Reject clips that repeat one before them: test clips come first, then by name."""
         book = self._book
         book.mark_repeats()
-        exact = dict(book.twins())
-        bits = self._job.quality.max_hash_bits
-        found = near_duplicates(book.looks(), max_bits=bits) if bits is not None else []
+        for name, twin in book.twins():
+            book.add_failures([_repeat(name, twin, "duplicate", 0.0)])
+        found = near_duplicates(book.looks(), max_bits=self._job.quality.max_hash_bits)
         pairs = [(later, first) for later, first in enumerate(found) if first >= 0]
-        names = book.names_at([position for pair in pairs for position in pair])
-        near = {names[later]: names[first] for later, first in pairs}
-        book.mark_twins(near)
-        failures = [_repeat(name, twin, "duplicate") for name, twin in exact.items()]
-        book.add_failures(failures + [_repeat(n, t, "near_duplicate") for n, t in near.items()])
+        clips = book.clips_at(position for pair in pairs for position in pair)
+        for later, first in pairs:
+            (name, look), (twin, look_of_twin) = clips[later], clips[first]
+            bits = max(look_distances(look, look_of_twin))
+            book.add_failures([_repeat(name, twin, "near_duplicate", bits)])
+        book.mark_twins({clips[later][0]: clips[first][0] for later, first in pairs})
 
     def _check(self) -> None:
         """End the run where too little is left of what was asked for.
@@ -547,9 +550,9 @@ class _Run:
                 pass
 
 
-def _repeat(name: str, twin: str, code: str) -> Failure:
-    how = "has the frames of" if code == "duplicate" else "looks like"
-    return failure_of(name, "quality", QualityError(f"{how} {twin}", code=code))
+def _repeat(name: str, twin: str, code: str, bits: float) -> Failure:
+    how = "has the frames of" if code == "duplicate" else f"looks like ({bits:.1f} bits apart)"
+    return failure_of(name, "quality", QualityError(f"{how} {twin}", code=code, value=bits))
 
 
 class _Counter:

@@ -434,11 +434,11 @@ class Workbook:
         query = "SELECT look FROM clip WHERE twin IS NULL ORDER BY part, name"
         return (look for (look,) in self._db.execute(query))
 
-    def names_at(self, positions: Sequence[int]) -> dict[int, str]:
-        """The names of the clips at some positions among those of `looks`."""
+    def clips_at(self, positions: Iterable[int]) -> dict[int, tuple[str, str]]:
+        """(name, look) of the clips at some positions among those of `looks`."""
         wanted = set(positions)
-        query = "SELECT name FROM clip WHERE twin IS NULL ORDER BY part, name"
-        return {i: name for i, (name,) in enumerate(self._db.execute(query)) if i in wanted}
+        query = "SELECT name, look FROM clip WHERE twin IS NULL ORDER BY part, name"
+        return {i: found for i, found in enumerate(self._db.execute(query)) if i in wanted}
 
     def mark_twins(self, twins: Mapping[str, str]) -> None:
         """Mark clips as looking like others, by name."""

@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from kpmask.config import Quality
 from kpmask.errors import QualityError
 
+MEASURES_VERSION: Final = 1  # of what is measured: a change makes stored values stale
 LOOK_HASHES: Final = 4  # one of the mean picture, then those of the changes
 LOOK_LENGTH: Final = 16 * LOOK_HASHES
 
