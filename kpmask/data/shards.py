@@ -13,6 +13,7 @@ import functools
 import io
 import mmap
 import operator
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -51,9 +52,9 @@ class ShardWriter:
 
     def __enter__(self) -> Self:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = Path(
-            tempfile.mkstemp(prefix=".tmp-", suffix=".arrow", dir=self._path.parent)[1]
-        )
+        descriptor, name = tempfile.mkstemp(prefix=".tmp-", suffix=".arrow", dir=self._path.parent)
+        os.close(descriptor)  # Arrow opens it by its name
+        self._temporary = Path(name)
         self._writer = pa.ipc.new_file(str(self._temporary), SCHEMA)
         return self
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from kpmask.data import shards
 from kpmask.data.dataset import MANIFEST, Dataset
 from kpmask.data.layouts import frame_key
 from kpmask.errors import DatasetError
+from kpmask.media.images import encode_png
 from kpmask.records import ClipRecord, to_table
 
 
@@ -166,3 +168,12 @@ def test_no_dataset(tmp_path: Path) -> None:
     broken = Dataset([record(2, "train/name2", 0)], fetch=tmp_path.joinpath)
     with pytest.raises(DatasetError, match="No such file"):
         broken.read(broken.records[0])
+
+
+def test_no_file_stays_open(tmp_path: Path) -> None:
+    """A worker writes shards by the ten thousand."""
+    before = len(os.listdir("/proc/self/fd"))
+    for number in range(20):
+        with shards.ShardWriter(tmp_path / f"{number}.arrow") as shard:
+            shard.add("clip", 25.0, [encode_png(np.zeros((8, 8, 3), np.uint8))])
+    assert len(os.listdir("/proc/self/fd")) <= before
