@@ -55,7 +55,8 @@ class ShardWriter:
         descriptor, name = tempfile.mkstemp(prefix=".tmp-", suffix=".arrow", dir=self._path.parent)
         os.close(descriptor)  # Arrow opens it by its name
         self._temporary = Path(name)
-        self._writer = pa.ipc.new_file(str(self._temporary), SCHEMA)
+        self._file = pa.OSFile(str(self._temporary), "wb")
+        self._writer = pa.ipc.new_file(self._file, SCHEMA)
         return self
 
     def add(self, clip_id: str, fps: float, frames: Sequence[bytes]) -> int:
@@ -103,6 +104,7 @@ class ShardWriter:
     ) -> None:
         try:
             self._writer.close()
+            self._file.close()
             if error_type is None:
                 self._temporary.chmod(0o644)
                 self._temporary.replace(self._path)

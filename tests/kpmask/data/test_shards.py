@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import pickle
 from pathlib import Path
 
@@ -172,8 +171,8 @@ def test_no_dataset(tmp_path: Path) -> None:
 
 def test_no_file_stays_open(tmp_path: Path) -> None:
     """A worker writes shards by the ten thousand."""
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     for number in range(20):
         with shards.ShardWriter(tmp_path / f"{number}.arrow") as shard:
             shard.add("clip", 25.0, [encode_png(np.zeros((8, 8, 3), np.uint8))])
-    assert len(os.listdir("/proc/self/fd")) <= before
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
