@@ -13,6 +13,7 @@ import typer
 
 import kpmask
 from flows import console
+from flows.changes import change_line
 from flows.dataset_cli import app as dataset_app
 from flows.options import AsJson, DryRun, JobFile, Out, Overrides, Preset, say_plan
 from kpmask import config
@@ -128,13 +129,15 @@ def preprocess(
     if dry_run:
         say_plan(resolved, jobs.plan_preprocess(resolved), as_json=as_json)
         return
-    manifest = jobs.run_preprocess(resolved, quiet=as_json)
+    manifest, changes = jobs.run_preprocess(resolved, quiet=as_json)
     lines = [
         f"{manifest.num_train} train and {manifest.num_test} test clips, "
         f"{manifest.num_frames} frames; {manifest.num_failures} failures",
+        change_line(changes),
         f"dataset: {manifest.uri}",
     ]
-    console.show(jobs.as_result(manifest), as_json=as_json, lines=lines)
+    result = jobs.as_result(manifest) | {"changes": jobs.as_result(changes)}
+    console.show(result, as_json=as_json, lines=lines)
 
 
 @app.command()
@@ -579,7 +582,12 @@ def deploy(
     job: Annotated[
         str | None, typer.Option("--job", help="A TOML file; its [preprocess] is scheduled.")
     ] = None,
-    cron: Annotated[str, typer.Option(help="When to preprocess.")] = "0 3 * * *",
+    cron: Annotated[
+        str | None, typer.Option(help="When to preprocess; default: 0 3 * * *, every night.")
+    ] = None,
+    every: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="The same as a pause between starts.")
+    ] = None,
     timezone: Annotated[str, typer.Option(help="Of the schedule.")] = "UTC",
     pool: Annotated[str, typer.Option(help="The work pool that runs it.")] = "kpmask",
     overrides: Overrides = None,
@@ -595,12 +603,13 @@ def deploy(
 
         kpmask deploy --job nightly.toml --cron '0 3 * * *'
 
-        kpmask deploy --job nightly.toml --cron '*/10 * * * *' --serve
+        kpmask deploy --job nightly.toml --every 600 --serve
     """
     from flows import jobs
 
     for line in jobs.deploy(
         cron=cron,
+        every_s=every,
         timezone=timezone,
         pool=pool,
         job_file=job,

@@ -69,8 +69,8 @@ class DemoResult:
     persist_result=False,
 )
 def demo_flow(job: DemoJob) -> DemoResult:
-    dataset = preprocess_stage(job.preprocess)
-    publish_dataset(dataset)
+    made = preprocess_stage(job.preprocess)
+    publish_dataset(made)
     # What the bundled weights make comes first, so that it is there to be looked at.
     catalog = animate_stage(job.animate)
     publish_catalog(catalog)
@@ -80,7 +80,7 @@ def demo_flow(job: DemoJob) -> DemoResult:
     publish_run(run)
     own_scores = evaluate_stage(job.evaluate_own)
     publish_scores(own_scores)
-    return engine.finished(DemoResult(dataset, catalog, scores, run, own_scores))
+    return engine.finished(DemoResult(made.dataset, catalog, scores, run, own_scores))
 
 
 def demo_job(out: Path, inputs: DemoInputs, *, preset: str) -> DemoJob:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 from uuid import UUID
 
 import httpx
@@ -61,12 +61,14 @@ class _Outcome:
 _outcome: ContextVar[_Outcome | None] = ContextVar("kpmask_outcome", default=None)
 
 
-def run_flow(flow: Flow[[J], R], job: J, *, on_progress: ProgressSink | None = None) -> R:
+def run_flow(
+    flow: Flow[Concatenate[J, ...], R], job: J, *, on_progress: ProgressSink | None = None
+) -> R:
     """Run a flow in this process and return its result.
 
     Args:
-        flow: a flow of one parameter.
-        job: its parameter.
+        flow: a flow whose first parameter is the job; others have defaults.
+        job: that parameter.
         on_progress: called with every `Progress` of every stage.
 
     Raises:

@@ -16,6 +16,7 @@ from kpmask.model_config import Part
 from kpmask.records import (
     CatalogManifest,
     Comparison,
+    DatasetChanges,
     DatasetManifest,
     EncodedVideo,
     RunManifest,
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 J = TypeVar("J", bound=Part)
 R = TypeVar("R")
+
+NIGHTLY = "0 3 * * *"
 
 
 def as_result(record: Any) -> dict[str, Any]:  # noqa: ANN401 - any record
@@ -74,11 +77,13 @@ def plan_compare(job: config.CompareJob) -> list[str]:
     return plan(job)
 
 
-def run_preprocess(job: config.PreprocessJob, *, quiet: bool) -> DatasetManifest:
+def run_preprocess(
+    job: config.PreprocessJob, *, quiet: bool
+) -> tuple[DatasetManifest, DatasetChanges]:
     from flows.preprocess import preprocess_flow
 
-    manifest: DatasetManifest = _run(preprocess_flow, job, quiet=quiet)
-    return manifest
+    made = _run(preprocess_flow, job, quiet=quiet)
+    return made.dataset, made.changes
 
 
 def run_train(job: config.TrainJob, *, quiet: bool) -> RunManifest:
@@ -218,7 +223,8 @@ def rebuild_page(uri: str) -> str:
 
 def deploy(
     *,
-    cron: str,
+    cron: str | None,
+    every_s: float | None,
     timezone: str,
     pool: str,
     job_file: str | None,
@@ -227,22 +233,24 @@ def deploy(
 ) -> list[str]:
     """Register every job; `job_file` says what the scheduled preprocessing does.
 
-    Without a job file nothing is scheduled: a schedule needs a job that is whole.
+    Without a job file nothing is scheduled: a schedule needs a job that is whole. With neither
+    `cron` nor `every_s` it is every night.
     """
     from flows import deploy as deployments
 
     tables: dict[str, Any] = {} if job_file is None else config.load_preset(job_file)
-    scheduled = None
     if "preprocess" in tables:
-        scheduled = cron
+        if cron is None and every_s is None:
+            cron = NIGHTLY
         tables["preprocess"] = config.resolve_job(
             config.PreprocessJob, job_file=job_file, overrides=overrides
         )
     if serve:
-        console.say(f"serving; preprocessing is due at {scheduled or 'no time'}; Ctrl-C ends")
-        deployments.serve(tables, cron=scheduled, timezone=timezone)
+        due = cron or ("when asked" if every_s is None else f"every {every_s:g} s")
+        console.say(f"serving; preprocessing is due: {due}; Ctrl-C ends")
+        deployments.serve(tables, cron=cron, every_s=every_s, timezone=timezone)
         return []
-    made = deployments.register(tables, cron=scheduled, timezone=timezone, pool=pool)
-    rows = [[found.name, found.pool, found.cron or "when asked", found.url] for found in made]
+    made = deployments.register(tables, cron=cron, every_s=every_s, timezone=timezone, pool=pool)
+    rows = [[found.name, found.pool, found.when or "when asked", found.url] for found in made]
     start = f"start a worker with: prefect worker start --pool {pool}"
     return [console.table(["deployment", "pool", "schedule", "page"], rows), "", start]

@@ -48,8 +48,9 @@ class PipelineResult:
 def pipeline_flow(job: PipelineJob) -> PipelineResult:
     # Stages, not flows within a flow: a task needs no server to start, so the chain goes on
     # when the server is lost between two of them.
-    dataset = preprocess_stage(job.preprocess)
-    publish_dataset(dataset)
+    made = preprocess_stage(job.preprocess)
+    publish_dataset(made)
+    dataset = made.dataset
 
     run = train_stage(job.train.model_copy(update={"data": dataset.uri}))
     publish_run(run)

@@ -5,9 +5,10 @@ Where the two papers and their code differ, the comment beside the field names b
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic_core import CoreSchema
 
 from kpmask.records import digest
 
@@ -25,6 +26,20 @@ class Part(BaseModel):
     def digest(self) -> str:
         """The SHA-256 of these settings in canonical form."""
         return digest(self.model_dump(mode="json"))
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """The schema that forms are made of; the comment beside a field describes it there."""
+        from kpmask.field_comments import field_comments
+
+        schema = handler(core_schema)
+        properties = handler.resolve_ref_schema(schema).get("properties", {})
+        for name, text in field_comments(cls).items():
+            if name in properties:
+                properties[name].setdefault("description", text)
+        return schema
 
 
 # --- models ----------------------------------------------------------------------------------

@@ -20,7 +20,13 @@ from kpmask import bundled, checkpoint, config
 from kpmask.config import TrainJob
 from kpmask.errors import CheckpointError, ConfigError
 from kpmask.models import build_system
-from kpmask.records import AnimationRecord, Progress, from_table
+from kpmask.records import (
+    AnimationRecord,
+    DatasetChanges,
+    DatasetManifest,
+    Progress,
+    from_table,
+)
 from tasks.demo import DemoInputs
 from tasks.release import release
 
@@ -34,6 +40,9 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     release(str(tmp_path / "w.safetensors"), path, name="demo")
     monkeypatch.setenv(bundled.VARIABLE, str(path.parent))
     return path
+
+
+NOTHING_NEW = DatasetChanges(1, "d", 0, 0, 2, 0, 0, 0, 0, 0, 0)
 
 
 def ignore(progress: Progress) -> None:
@@ -71,12 +80,14 @@ def test_what_the_bundled_weights_make_comes_first(
     def stage(name: str) -> Callable[..., Any]:
         def run(job: Any, *, on_progress: Callable[[Progress], None]) -> Any:
             given.append((name, job))
+            if name == "preprocess_with_changes":
+                return DatasetManifest(job.out, "d", "s", 1, 1, 1, 0), NOTHING_NEW
             return f"{name} in {job.out}"
 
         return run
 
     for module, name in (
-        (flows.preprocess, "preprocess"),
+        (flows.preprocess, "preprocess_with_changes"),
         (flows.animate, "animate_catalog"),
         (flows.evaluate, "evaluate"),
         (flows.train, "train"),
@@ -87,7 +98,7 @@ def test_what_the_bundled_weights_make_comes_first(
     job = demo_job(tmp_path, DemoInputs.of(tmp_path / "videos"), preset="debug")
     result = engine.run_flow(demo_flow, job)
     assert given == [
-        ("preprocess", job.preprocess),
+        ("preprocess_with_changes", job.preprocess),
         ("animate_catalog", job.animate),
         ("evaluate", job.evaluate),
         ("train", job.train),

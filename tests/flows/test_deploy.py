@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime
 from fractions import Fraction
 from pathlib import Path
@@ -23,30 +23,9 @@ from flows.deploy import FLOWS
 from kpmask.config import JOB_TYPES, PreprocessJob, load_preset, validated
 from kpmask.errors import ConfigError
 from kpmask.media.encode import encode
-from tests.support.weed import free_ports
+from tests.support.prefect_server import answer, deployments, post, runs_of, wait_for
 
 JOB = PreprocessJob(out="s3://b/data", metadata="s3://b/m.csv", raw="s3://b/raw")
-
-
-@pytest.fixture(scope="module")
-def api_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Prefect server with its schedulers, which the API of a single run goes without."""
-    home = tmp_path_factory.mktemp("prefect")
-    (port,) = free_ports(1)
-    program = str(Path(sys.executable).with_name("prefect"))
-    command = [program, "server", "start", "--host", "127.0.0.1", "--port", str(port), "--no-ui"]
-    with (home / "log").open("wb") as log:
-        server = subprocess.Popen(
-            command, env={**os.environ, "PREFECT_HOME": str(home)}, stdout=log, stderr=log
-        )
-    url = f"http://127.0.0.1:{port}/api"
-    try:
-        wait_for(lambda: server.poll() is not None or answers(url), timeout_s=120)
-        assert server.poll() is None, (home / "log").read_text()
-        yield url
-    finally:
-        server.terminate()
-        server.wait(30)
 
 
 @pytest.fixture
@@ -56,43 +35,10 @@ def named(api_url: str) -> Iterator[str]:
         yield api_url
 
 
-def answers(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health", timeout=2).status_code == 200
-    except httpx.HTTPError:
-        return False
-
-
-def wait_for(condition: Callable[[], object], *, timeout_s: float) -> Any:
-    until = time.monotonic() + timeout_s
-    while not (found := condition()):
-        assert time.monotonic() < until, "waited in vain"
-        time.sleep(0.3)
-    return found
-
-
-def post(url: str, path: str, body: object) -> Any:
-    def answer() -> httpx.Response | None:
-        """None while the server's database is busy, which it says with 503."""
-        found = httpx.post(f"{url}/{path}", json=body, timeout=20)
-        return None if found.status_code == 503 else found
-
-    found: httpx.Response = wait_for(answer, timeout_s=60)
-    found.raise_for_status()
-    return found.json()
-
-
-def deployments(url: str, name: str) -> dict[str, Any]:
-    """The server's deployments of a name, by their flow."""
-    found = post(url, "deployments/filter", {"deployments": {"name": {"any_": [name]}}})
-    flows = {f["id"]: f["name"] for f in post(url, "flows/filter", {})}
-    return {flows[d["flow_id"]]: d for d in found}
-
-
 def test_every_job_is_registered_and_one_is_scheduled(named: str) -> None:
     given = {"preprocess": JOB, "train": load_preset("debug")["train"]}
     made = deploy.register(given, cron="0 3 * * *", timezone="Europe/Berlin", name="first")
-    assert {m.name: m.cron for m in made} == {
+    assert {m.name: m.when for m in made} == {
         f"{flow}/first": "0 3 * * *" if flow == "preprocess" else None for flow in FLOWS
     }
 
@@ -123,13 +69,43 @@ def test_registering_again_changes_what_is_there(named: str) -> None:
     assert found["preprocess"]["parameters"]["job"]["out"] == "s3://b/other"
 
 
+def test_a_schedule_may_be_an_interval(named: str) -> None:
+    made = deploy.register({"preprocess": JOB}, cron=None, every_s=90, name="often")
+    assert {m.name: m.when for m in made if m.when} == {"preprocess/often": "every 90 s"}
+    (schedule,) = deployments(named, "often")["preprocess"]["schedules"]
+    assert (schedule["schedule"]["interval"], schedule["active"]) == (90.0, True)
+
+
 def test_the_server_refuses_a_run_with_wrong_settings(named: str) -> None:
     deploy.register({"preprocess": JOB}, cron=None, name="strict")
     id_ = deployments(named, "strict")["preprocess"]["id"]
-    wrong = {"parameters": {"job": {"out": "x", "videos": "v", "clips": {"size_px": "big"}}}}
-    answer = httpx.post(f"{named}/deployments/{id_}/create_flow_run", json=wrong)
-    assert answer.status_code == 409
-    assert "size_px" in answer.text
+    for wrong, says in (
+        ({"clips": {"size_px": "big"}}, "'job.clips.size_px'. Failure reason: 'big' is not of"),
+        ({"clips": {"size_px": -1}}, "'job.clips.size_px'. Failure reason: -1 is less than"),
+        ({"clips": {"size": 64}}, "'job.clips'. Failure reason: Additional properties are not"),
+        ({"storage": {"layout": "tar"}}, "'tar' is not one of ['shards', 'folders']"),
+    ):
+        parameters = {"job": {"out": "x", "videos": "v", **wrong}}
+        said = answer(named, f"deployments/{id_}/create_flow_run", {"parameters": parameters})
+        assert said.status_code == 409
+        assert says in said.json()["detail"]
+    said = answer(named, f"deployments/{id_}/create_flow_run", {"parameters": {"job": {}}})
+    assert "'out' is a required property" in said.json()["detail"]
+
+
+def test_the_form_has_titles_defaults_limits_and_words(named: str) -> None:
+    deploy.register({"preprocess": JOB}, cron=None, name="form")
+    schema = deployments(named, "form")["preprocess"]["parameter_openapi_schema"]
+    assert schema["required"] == ["job"]
+    assert schema["properties"]["job"]["description"] == "what to do."
+    parts = schema["definitions"]
+    job = parts["PreprocessJob"]["properties"]
+    assert job["out"]["description"] == "folder or s3://bucket/prefix of the dataset"
+    assert job["clips"]["$ref"] == "#/definitions/Clips"
+    assert parts["Clips"]["description"] == "How a span of a video becomes a clip."
+    size = parts["Clips"]["properties"]["size_px"]
+    assert (size["title"], size["default"], size["exclusiveMinimum"]) == ("Size Px", 256, 0)
+    assert parts["Retry"]["properties"]["backoff_s"]["description"].startswith("after the second")
 
 
 @pytest.mark.parametrize(
@@ -139,6 +115,9 @@ def test_the_server_refuses_a_run_with_wrong_settings(named: str) -> None:
         ({"jobs": {"preprocess": JOB}, "cron": "* * * * *", "timezone": "Mars"}, "no timezone"),
         ({"jobs": {}, "cron": "0 3 * * *"}, "needs the whole preprocess job"),
         ({"jobs": {"preprocess": {"out": "x"}}, "cron": "0 3 * * *"}, "needs the whole"),
+        ({"jobs": {"preprocess": JOB}, "cron": "0 3 * * *", "every_s": 60.0}, "not both"),
+        ({"jobs": {"preprocess": JOB}, "cron": None, "every_s": 0.5}, "0.5 s is not between 5 s"),
+        ({"jobs": {"preprocess": JOB}, "cron": None, "every_s": math.nan}, "nan s is not between"),
         ({"jobs": {"cook": {}}, "cron": None}, "no job 'cook'; there are: preprocess, train"),
     ],
 )
@@ -175,11 +154,6 @@ def write_video(folder: Path) -> None:
     rng = np.random.default_rng(0)
     frames = list(rng.integers(0, 255, (20, 64, 64, 3), np.uint8))
     encode(folder / "one.mp4", frames, fps=Fraction(24))
-
-
-def runs_of(url: str, deployment_id: str, *states: str) -> Any:
-    only = {"deployment_id": {"any_": [deployment_id]}, "state": {"type": {"any_": [*states]}}}
-    return post(url, "flow_runs/filter", {"flow_runs": only})
 
 
 @pytest.mark.slow

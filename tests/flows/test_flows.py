@@ -6,14 +6,18 @@ One Prefect API, the run's own, serves all tests of this file.
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import fields, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,7 @@ from uuid import uuid4
 import httpx
 import numpy as np
 import pytest
+from PIL import Image
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from prefect.settings import (
@@ -44,11 +49,12 @@ from flows.pipeline import PipelineJob, pipeline_flow
 from flows.preprocess import preprocess_flow, preprocess_stage
 from flows.train import train_flow
 from kpmask import config
-from kpmask.config import AnimateJob, EvaluateJob, PreprocessJob, TrainJob
+from kpmask.config import AnimateJob, Clips, EvaluateJob, PreprocessJob, TrainJob
 from kpmask.errors import ConfigError, KpmaskError, MediaError, RunFailed, StorageError
 from kpmask.media.encode import encode
 from kpmask.records import (
     CatalogManifest,
+    DatasetChanges,
     DatasetManifest,
     Failure,
     MetricInfo,
@@ -124,9 +130,32 @@ def scores_at(uri: str) -> ScoreTable:
 Stage = Callable[..., Any]
 
 
-def stand_in(monkeypatch: pytest.MonkeyPatch, stage: Stage) -> None:
+GREW = DatasetChanges(
+    version=2,
+    dataset_id="d1",
+    clips_added=2,
+    clips_removed=0,
+    clips_kept=1237,
+    videos_added=1,
+    videos_removed=0,
+    failures_new=3,
+    failures_gone=1,
+    retried=4,
+    waiting=1,
+)
+COUNTS = [f.name for f in fields(DatasetChanges) if f.name not in {"version", "dataset_id"}]
+NOTHING = replace(GREW, **(dict.fromkeys(COUNTS, 0) | {"clips_kept": 1239}))
+
+
+def stand_in(
+    monkeypatch: pytest.MonkeyPatch, stage: Stage, *, changes: DatasetChanges = NOTHING
+) -> None:
     """Make `stage` what the preprocess flow runs; a retry waits for nothing."""
-    monkeypatch.setattr(flows.preprocess, "preprocess", stage)
+
+    def run(job: PreprocessJob, *, on_progress: Callable[[Progress], None]) -> Any:
+        return stage(job, on_progress=on_progress), changes
+
+    monkeypatch.setattr(flows.preprocess, "preprocess_with_changes", run)
     monkeypatch.setattr(preprocess_stage, "retry_delay_seconds", 0)
     monkeypatch.setattr(preprocess_stage, "retry_jitter_factor", None)
 
@@ -137,12 +166,17 @@ def job_at(out: Path) -> PreprocessJob:
 
 def left_in_prefect(out: Path) -> dict[str, Any]:
     """What the run that wrote to `out` left in Prefect: the artifacts' data by their keys."""
+    return dict(all_left_in_prefect(out))
+
+
+def all_left_in_prefect(out: Path) -> list[tuple[str, Any]]:
+    """The same of all runs that wrote there."""
     keys = ["preprocess-report", "preprocess-failures", "preprocess-page", "cut-progress"]
     only = ArtifactFilter(key=ArtifactFilterKey(any_=keys))
     with server.prefect_api(), get_client(sync_client=True) as client:
         found = client.read_artifacts(artifact_filter=only)
     runs = {a.flow_run_id for a in found if f"{out}/" in str(a.data)}
-    return {str(a.key): a.data for a in found if a.flow_run_id in runs}
+    return [(str(a.key), a.data) for a in found if a.flow_run_id in runs]
 
 
 # --- one run ---------------------------------------------------------------------------------
@@ -161,7 +195,7 @@ def test_a_run_returns_the_manifest_and_tells_prefect(
     stand_in(monkeypatch, stage)
     result = engine.run_flow(preprocess_flow, job_at(tmp_path), on_progress=seen.append)
 
-    assert result == dataset_at(str(tmp_path))
+    assert result.dataset == dataset_at(str(tmp_path))
     assert [p.done for p in seen] == [0, 1, 2, 3], "every one, in order"
     left = left_in_prefect(tmp_path)
     assert set(left) == {"preprocess-report", "preprocess-page", "cut-progress"}
@@ -177,7 +211,7 @@ def test_a_run_without_a_sink_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_p
         return dataset_at(job.out)
 
     stand_in(monkeypatch, stage)
-    assert engine.run_flow(preprocess_flow, job_at(tmp_path)).num_train == 1234
+    assert engine.run_flow(preprocess_flow, job_at(tmp_path)).dataset.num_train == 1234
 
 
 def test_no_result_is_pickled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -200,7 +234,7 @@ def test_failures_are_a_table_by_code(monkeypatch: pytest.MonkeyPatch, tmp_path:
     engine.run_flow(preprocess_flow, job_at(tmp_path))
 
     left = left_in_prefect(tmp_path)
-    assert "| too_short | 2 |" in str(left["preprocess-report"])
+    assert "| too_short | 2 | cut | a | 3 frames |" in str(left["preprocess-report"])
     table = json.loads(left["preprocess-failures"])
     assert [(row["code"], row["items"], row["cause"]) for row in table] == [
         ("too_short", 2, "3 frames"),
@@ -223,9 +257,22 @@ def test_the_real_stage_runs_in_the_flow(tmp_path: Path, ray_cluster: None) -> N
         {"out": str(tmp_path / "out"), "videos": str(videos), "clips": {"size_px": 32}},
     )
     made = engine.run_flow(preprocess_flow, job)
-    assert (made.num_train + made.num_test, made.num_failures) == (1, 1)
+    assert (made.dataset.num_train + made.dataset.num_test, made.dataset.num_failures) == (1, 1)
     report = str(left_in_prefect(tmp_path / "out")["preprocess-report"])
-    assert "| not_media | 1 |" in report
+    assert "| not_media | 1 | read | bad | neither a video nor a picture |" in report
+    assert "Version 1: 1 clip added, 0 removed, 0 kept; videos: 1 added" in report
+    assert "1 of 1 new clips:" in report
+    (shown,) = re.findall(r"!\[1 of 1 new clips\]\(data:image/jpeg;base64,(.+?)\)", report)
+    with Image.open(io.BytesIO(base64.b64decode(shown))) as image:
+        assert (image.format, image.size) == ("JPEG", (96, 96))
+        assert np.asarray(image).std() > 20, "noise, as the video is"
+
+    again = engine.run_flow(preprocess_flow, job)
+    assert (again.dataset, again.sheet) == (made.dataset, None)
+    reports = [str(data) for key, data in all_left_in_prefect(tmp_path / "out") if "report" in key]
+    (second,) = set(reports) - {report}
+    assert "Version 1: nothing new, nothing gone, 1 clip kept\n" in second
+    assert "data:" not in second
 
 
 # --- failures --------------------------------------------------------------------------------
@@ -281,7 +328,7 @@ def test_a_stage_that_recovers_is_a_success(
         return dataset_at(job.out)
 
     stand_in(monkeypatch, stage)
-    assert engine.run_flow(preprocess_flow, job_at(tmp_path)).num_train == 1234
+    assert engine.run_flow(preprocess_flow, job_at(tmp_path)).dataset.num_train == 1234
 
 
 def test_only_a_failed_run_is_worth_a_retry_not_a_failed_item() -> None:
@@ -318,7 +365,9 @@ import flows.preprocess
 from flows import engine, server
 from kpmask.config import PreprocessJob
 from kpmask.errors import StorageError
-from kpmask.records import DatasetManifest, Progress
+from kpmask.records import DatasetChanges, DatasetManifest, Progress
+
+NOTHING = DatasetChanges(1, "d", 0, 0, 3, 0, 0, 0, 0, 0, 0)
 
 def lose(job, *, on_progress):
     server._own[0].process.kill()
@@ -327,13 +376,13 @@ def lose(job, *, on_progress):
         on_progress(Progress("cut", done, 2))
     if job.out == "denied":
         raise StorageError("denied", code="denied")
-    return DatasetManifest(job.out, "d", "s", 1, 2, 3, 4)
+    return DatasetManifest(job.out, "d", "s", 1, 2, 3, 4), NOTHING
 
 def work(job, *, on_progress):
-    return DatasetManifest(job.out, "d", "s", 5, 6, 7, 8)
+    return DatasetManifest(job.out, "d", "s", 5, 6, 7, 8), NOTHING
 
 def run(stage, out):
-    flows.preprocess.preprocess = stage
+    flows.preprocess.preprocess_with_changes = stage
     return engine.run_flow(
         flows.preprocess.preprocess_flow,
         PreprocessJob(out=out, videos="v"),
@@ -344,8 +393,8 @@ try:
     run(lose, "denied")
 except StorageError as error:
     print(error.code)
-print(run(lose, "out").num_train)
-print(run(work, "again").num_train)
+print(run(lose, "out").dataset.num_train)
+print(run(work, "again").dataset.num_train)
 """
 
 
@@ -449,6 +498,31 @@ def test_the_form_is_the_job() -> None:
         (form,) = [parameters.definitions[job_type.__name__]]
         assert set(form["properties"]) == set(job_type.model_fields)
         assert parameters.required == ["job"]
+    settings = parameter_schema(FLOWS["preprocess"]).definitions["Retry"]["properties"]
+    assert settings["max_attempts"] == {
+        "default": 10,
+        "description": "over all runs; 0: as often as it takes",
+        "minimum": 0,
+        "title": "Max Attempts",
+        "type": "integer",
+    }
+
+
+def test_one_run_may_have_other_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given: list[PreprocessJob] = []
+
+    def stage(job: PreprocessJob, *, on_progress: Callable[[Progress], None]) -> DatasetManifest:
+        given.append(job)
+        return dataset_at(job.out)
+
+    stand_in(monkeypatch, stage)
+    job = job_at(tmp_path).model_copy(update={"max_failed_fraction": 0.25})
+    with server.prefect_api():
+        preprocess_flow(job, overrides=("clips.size_px=64",))
+        with pytest.raises(ConfigError, match=r"clips.sixe_px: no such setting.*size_px"):
+            preprocess_flow(job, overrides=("clips.sixe_px=64",))
+    (changed,) = given
+    assert changed == job.model_copy(update={"clips": Clips(size_px=64)})
 
 
 def test_policy_of_every_stage() -> None:
@@ -467,10 +541,33 @@ def test_policy_of_every_stage() -> None:
 # --- reports ---------------------------------------------------------------------------------
 
 
+def test_a_report_says_what_changed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stand_in(monkeypatch, lambda job, on_progress: dataset_at(job.out), changes=GREW)
+    engine.run_flow(preprocess_flow, job_at(tmp_path))
+    report = str(left_in_prefect(tmp_path)["preprocess-report"])
+    assert (
+        "Version 2: 2 clips added, 0 removed, 1,237 kept; videos: 1 added, 0 removed; failures: "
+        "3 new, 1 gone; 4 failed videos tried again; 1 failed video waiting for a later try\n"
+    ) in report
+    assert "| clips | 2 | 0 | 1,237 |\n" in report
+    assert "| failures | 3 | 1 |" in report
+    assert "data:" not in report, "there is no dataset to show"
+
+
 def test_a_report_survives_hostile_text() -> None:
     text = artifacts.report("train", "s3://b/run", {"name": "a|b\nc"}, files=("index.html",))
     assert "| name | a\\|b c |" in text
     assert "[index.html](s3://b/run/index.html)" in text
+    bad = Failure("![x](http://a/b.png)|", "cut", "c", "<img src=x>\n# `y`", False, 1)
+    text = artifacts.report("p", "u", {}, failures=artifacts.failure_table([bad]))
+    assert r"| !\[x\](http://a/b.png)\| | \<img src=x\> # \`y\` |" in text
+    (row,) = artifacts.failure_table([replace(bad, cause="x" * 5000)])
+    assert len(row["cause"]) < 400
+
+
+def test_a_picture_that_is_too_long_is_left_out() -> None:
+    assert artifacts.picture(b"abc", "three clips") == "![three clips](data:image/jpeg;base64,YWJj)"
+    assert artifacts.picture(b"a" * 160_000, "many") == "many"
 
 
 def test_links() -> None:
