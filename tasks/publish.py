@@ -104,6 +104,8 @@ def publish(
     write_json(store, STATS, manifest)
     if is_new:
         _keep_version(store, content.keep_versions)
+    else:  # what was to follow it did not come
+        store.delete(version_key(last["version"]))
     write_table(store, MANIFEST, content.clips(), ClipRecord, metadata=metadata)
     complete(store)
     _remove_old(store, content, set(previews.values()))
