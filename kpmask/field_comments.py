@@ -36,15 +36,19 @@ def _own_comments(cls: type) -> dict[str, str]:
     above, behind = _comments(source)
     found = {}
     for node in tree.body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+        if isinstance(node, ast.AnnAssign) and _is_public(node.target):
             first = node.lineno
             while first - 1 in above:
                 first -= 1
             lines = range(first, (node.end_lineno or node.lineno) + 1)
             words = [above.get(n) or behind.get(n) for n in lines]
             if text := " ".join(word for word in words if word):
-                found[node.target.id] = text
+                found[ast.unparse(node.target)] = text
     return found
+
+
+def _is_public(target: ast.expr) -> bool:
+    return isinstance(target, ast.Name) and not target.id.startswith("_")
 
 
 def _comments(source: str) -> tuple[dict[int, str], dict[int, str]]:

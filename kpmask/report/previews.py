@@ -105,6 +105,11 @@ def _sheet(frames: Sequence[np.ndarray], columns: int, cell_px: int) -> Image.Im
 
 
 def _jpeg(image: Image.Image, quality: int, *, subsampling: int = 2) -> bytes:
+    options = {"quality": quality, "subsampling": subsampling}
     data = io.BytesIO()
-    image.save(data, "JPEG", quality=quality, subsampling=subsampling, optimize=True)
+    try:
+        image.save(data, "JPEG", optimize=True, **options)
+    except OSError:  # Pillow's buffer for this holds a byte a pixel, and noise takes more
+        data = io.BytesIO()
+        image.save(data, "JPEG", **options)
     return data.getvalue()

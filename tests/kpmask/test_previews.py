@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from kpmask.report.previews import (
+    MAX_SHEET_BYTES,
     PREVIEW_FRAMES,
     PREVIEW_PX,
     contact_sheet,
@@ -105,3 +106,10 @@ def test_a_sheet_of_extreme_shapes() -> None:
     for frames, columns, width_px in (([], 1, 10), (many[:1], 0, 10), (many[:1], 11, 10)):
         with pytest.raises(ValueError, match="frames in"):
             contact_sheet(frames, columns=columns, width_px=width_px)
+
+
+def test_noise_makes_pictures_too() -> None:
+    """More bytes than pixels, which Pillow's encoder is not prepared for."""
+    noise_THWC = np.random.default_rng(0).integers(0, 255, (8, 96, 96, 3), np.uint8)
+    assert opened(preview_strip(noise_THWC)).shape == (96, 768, 3)
+    assert len(contact_sheet(list(noise_THWC) * 3, columns=8, width_px=768)) <= MAX_SHEET_BYTES
