@@ -7,55 +7,42 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from kpmask.config import PreprocessJob, validated
 from kpmask.data.dataset import Dataset
 from kpmask.errors import ConfigError, RunFailed, StorageError
 from kpmask.media.encode import encode
 from kpmask.media.images import encode_png
-from kpmask.records import DatasetManifest, Failure, Progress
+from kpmask.records import DatasetManifest, Progress
 from tasks.dataset import open_dataset
-from tasks.manifest import read_table
 from tasks.preprocess import preprocess
 from tasks.storage import open_store
-from tasks.workbook import VideoItem, Workbook
-
-HEADER = "video_id,start,end,bbox,fps,width,height,partition,person_id"
-NUM_FRAMES = 48
-
-
-def film(seed: int, count: int = NUM_FRAMES) -> list[np.ndarray]:
-    """A square that moves over a background of its own."""
-    rng = np.random.default_rng(seed)
-    colour, back = rng.integers(64, 255, 3), rng.integers(0, 64, 3)
-    frames = []
-    for i in range(count):
-        frame = np.full((64, 96, 3), back, np.uint8)
-        frame[16:48, i % 64 : i % 64 + 32] = colour
-        frames.append(frame)
-    return frames
+from tasks.workbook import Workbook
+from tests.support.factory import (
+    HEADER,
+    codes_of,
+    failures_of,
+    film,
+    filmed,
+    job,
+    line,
+    recorded_cuts,
+    started,
+    tree_of,
+    write_table,
+)
 
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four videos of 48 frames at 24 frames/s."""
-    folder = tmp_path_factory.mktemp("raw")
-    for i, name in enumerate(["aaa", "bbb", "-cc", "d d"]):
-        encode(folder / f"{name}.mp4", film(i), fps=Fraction(24))
-    return folder
-
-
-def line(video: str, start: int, end: int, split: str, person: str) -> str:
-    return f"{video},{start},{end},0-0-96-64,24,96,64,{split},{person}"
+    return filmed(tmp_path_factory.mktemp("raw"), ["aaa", "bbb", "-cc", "d d"])
 
 
 LINES = [
@@ -77,38 +64,6 @@ NAMES = [
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
     return write_table(tmp_path / "table.csv", LINES)
-
-
-def write_table(path: Path, lines: list[str], header: str = HEADER) -> Path:
-    path.write_text("\n".join([header, *lines]) + "\n", encoding="utf-8")
-    return path
-
-
-def job(out: Path | str, **settings: object) -> PreprocessJob:
-    tree = {
-        "out": str(out),
-        "clips": {"size_px": 32, "min_frames": 8},
-        "storage": {"clips_per_shard": 2},
-        "download": {"enabled": False},
-        "cluster": {"num_workers": 1},
-    }
-    for key, value in settings.items():
-        old = tree.get(key)
-        tree[key] = old | value if isinstance(old, dict) else str(value)  # type: ignore[operator]
-    return validated(PreprocessJob, tree)
-
-
-def tree_of(folder: Path) -> dict[str, bytes]:
-    files = [p for p in folder.rglob("*") if p.is_file()]
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(files)}
-
-
-def failures_of(out: Path | str) -> list[Failure]:
-    return read_table(open_store(str(out)), "failures.parquet", Failure)
-
-
-def codes_of(out: Path | str) -> dict[str, str]:
-    return {failure.item: failure.code for failure in failures_of(out)}
 
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -231,26 +186,6 @@ def test_more_rows_cut_only_their_videos(
     assert len(open_dataset(str(out)).records) == 3
 
 
-def recorded_cuts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the videos that are cut from here on."""
-    from tasks import preprocess as module
-
-    names: list[str] = []
-    original: Callable[..., object] = module.run_items
-
-    def recording(items: Iterable[object], *args: object, **kwargs: object) -> object:
-        def passed() -> Iterator[object]:
-            for item in items:
-                if isinstance(item, VideoItem):
-                    names.append(item.name)
-                yield item
-
-        return original(passed(), *args, **kwargs)
-
-    monkeypatch.setattr(module, "run_items", recording)
-    return names
-
-
 def test_missing_video_is_had_as_soon_as_it_is_there(
     raw: Path, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,24 +219,6 @@ def test_changed_video_is_cut_again(
 
 
 # --- killed and crowded ----------------------------------------------------------------------
-
-RUN = """
-import sys
-from pathlib import Path
-from kpmask.config import PreprocessJob
-from tasks.preprocess import preprocess
-preprocess(PreprocessJob.model_validate_json(sys.argv[1]))
-"""
-
-
-def started(one: PreprocessJob) -> subprocess.Popen[bytes]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    return subprocess.Popen(
-        [sys.executable, "-c", RUN, one.model_dump_json()],
-        env=environment | {"PYTHONPATH": str(Path(__file__).parents[2])},
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
 
 
 def test_killed_half_way_and_run_again(
