@@ -236,6 +236,7 @@ class _Run:
                 done = self._publish(content)
             elif any(True for _ in self._out.list(f"{WORK}/")):
                 # A run was killed at its end; or what was cut again is what it was.
+                self._set_places()
                 self._write_ledger()
                 remove_old(self._out, self._publishable(content, counts={}))
         self._tidy()
@@ -488,12 +489,8 @@ class _Run:
 
     def _place(self, folders: set[str]) -> None:
         """Put the clips into their shards or folders, as far as they are not there."""
+        self._set_places()
         book, as_folders = self._book, self._job.storage.layout == "folders"
-        book.set_places(
-            (clip.clip_id, place.key, row)
-            for place in self._places()
-            for row, clip in enumerate(place.clips)
-        )
         if as_folders and book.changes_folders():
             self._out.delete(MANIFEST)  # its folders are about to change
         there = {i.key for part in ("train", "test") for i in self._out.list(f"{part}/shard-")}
@@ -507,6 +504,13 @@ class _Run:
         counter = _Counter("shards", total, self._report)
         for place in self._run_stage(filter(lacks, self._places()), Placer, "shards", total):
             counter.add(count=len(place.clips))
+
+    def _set_places(self) -> None:
+        self._book.set_places(
+            (clip.clip_id, place.key, row)
+            for place in self._places()
+            for row, clip in enumerate(place.clips)
+        )
 
     def _places(self) -> Iterator[Place]:
         if self._job.storage.layout == "folders":

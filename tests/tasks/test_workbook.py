@@ -367,7 +367,7 @@ def test_clips_come_in_one_order_whenever_they_came_in(
     book.index_clips()
     assert [c.name for c in book.clips()] == ["c1", "c9", "a1", "a10", "a2", "b"]
     assert list(book.looks()) == ["c1", "c9", "a1", "a10", "a2", "b"]
-    assert book.names_at([0, 4]) == {0: "c1", 4: "a2"}
+    assert book.clips_at([0, 4]) == {0: ("c1", "c1"), 4: ("a2", "a2")}
     book.mark_twins({"c9": "c1"})
     book.set_places((f"id-{n}", "train/shard-9.arrow", i) for i, n in enumerate(["c1", "a1"]))
     found = [(c.name, c.shard, c.row) for c in book.clips()]
