@@ -599,6 +599,8 @@ def _death_cause(error: Exception) -> str:
     )
     if detail:
         return _shortened(f"the worker process died: {detail[1]}: {detail[2]}")
+    if "creation task" in text:  # then the error itself stands at the end
+        return _shortened(f"the worker could not be made: {text.strip().splitlines()[-1]}")
     return _shortened(f"the worker process died: {type(error).__name__}: {_first_line(error)}")
 
 
