@@ -207,7 +207,7 @@ def progress_to(sink: ProgressSink | None) -> Iterator[None]:
 class StageProgress:
     """The `on_progress` of a stage: to the sink at once, to Prefect every few seconds.
 
-    Prefect gets a log line and a progress artifact for each `Progress.stage`.
+    Prefect gets a log line and, where it has steps, a progress artifact for each `Progress.stage`.
     """
 
     def __init__(self) -> None:
@@ -234,6 +234,8 @@ class StageProgress:
                 "progress", lambda: update_progress_artifact(known, percent, description=text)
             )
             return
+        if progress.total <= 1:
+            return  # a bar that is empty or full says no more than the log
         key = artifact_key(progress.stage, "progress")
         made = tell_prefect(
             "progress", lambda: create_progress_artifact(percent, key=key, description=text)

@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from flows.cli import app
 from kpmask import bundled, config
+from kpmask.records import DatasetChanges, DatasetManifest
 
 KPMASK = str(Path(sys.executable).with_name("kpmask"))
 
@@ -269,3 +270,59 @@ def test_ctrl_c_is_130(tmp_path: Path) -> None:
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in said and "Interrupted" in said
+
+
+# --- schedules -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ((), ("0 3 * * *", None)),
+        (("--cron", "*/5 * * * *"), ("*/5 * * * *", None)),
+        (("--every", "600"), (None, 600.0)),
+    ],
+)
+def test_when_a_deployment_is_due(
+    options: tuple[str, ...],
+    wanted: tuple[str | None, float | None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from flows import deploy
+
+    asked: list[tuple[object, object]] = []
+
+    def register(jobs: object, **settings: object) -> list[deploy.Registered]:
+        asked.append((settings["cron"], settings["every_s"]))
+        return [deploy.Registered("preprocess/kpmask", "kpmask", "some time", "http://ui")]
+
+    monkeypatch.setattr(deploy, "register", register)
+    (tmp_path / "job.toml").write_text('[preprocess]\nvideos = "v"\nout = "o"\n')
+    result = run("deploy", "--job", str(tmp_path / "job.toml"), *options)
+    assert result.exit_code == 0, result.output
+    assert asked == [wanted]
+    assert "some time" in result.stdout
+
+
+def test_a_schedule_that_cannot_be() -> None:
+    assert "not both" in refused("deploy", "--cron", "* * * * *", "--every", "60")
+    assert "0.5 s is not between" in refused("deploy", "--every", "0.5")
+    assert "a schedule needs the whole preprocess job" in refused("deploy", "--every", "60")
+
+
+def test_what_a_run_changed_is_printed(videos: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows import jobs
+
+    manifest = DatasetManifest("/data", "d", "s", 3, 1, 96, 1)
+    changes = DatasetChanges(2, "d", 2, 0, 2, 2, 0, 0, 0, 1, 0)
+    monkeypatch.setattr(jobs, "run_preprocess", lambda job, quiet: (manifest, changes))
+    base = ("preprocess", "--videos", videos, "--out", "/data")
+    line = (
+        "version 2: 2 clips added, 0 removed, 2 kept; videos: 2 added, 0 removed; "
+        "failures: 0 new, 0 gone; 1 failed video tried again"
+    )
+    assert line in run(*base).stdout.splitlines()
+    found = json.loads(run(*base, "--json").stdout)
+    assert (found["num_train"], found["changes"]["version"]) == (3, 2)
+    assert found["changes"]["videos_added"] == 2

@@ -21,7 +21,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from flows import deploy
 from flows.deploy import FLOWS
 from kpmask.config import JOB_TYPES, PreprocessJob, load_preset, validated
-from kpmask.errors import ConfigError
+from kpmask.errors import ConfigError, RunFailed
 from kpmask.media.encode import encode
 from tests.support.prefect_server import answer, deployments, post, runs_of, wait_for
 
@@ -154,6 +154,17 @@ def write_video(folder: Path) -> None:
     rng = np.random.default_rng(0)
     frames = list(rng.integers(0, 255, (20, 64, 64, 3), np.uint8))
     encode(folder / "one.mp4", frames, fps=Fraction(24))
+
+
+def test_one_process_of_a_machine_serves_a_name(named: str) -> None:
+    with deploy._served_here_alone("mine"):
+        with pytest.raises(RunFailed, match="another process on this machine") as raised:
+            deploy.serve({"preprocess": JOB}, cron=None, name="mine")
+        assert raised.value.code == "busy"
+        with deploy._served_here_alone("other"):
+            pass
+    with deploy._served_here_alone("mine"):
+        pass
 
 
 @pytest.mark.slow
