@@ -112,7 +112,9 @@ def written_beside(path: Path) -> Iterator[Path]:
 def storage_error(error: OSError, path: Path) -> StorageError:
     """What a failed write means for the store."""
     if error.errno in _NO_SPACE:
-        return StorageError("no space left to write it", subject=path.name, code="no_space")
+        hint = f"free some space in {path.parent}, or write elsewhere (TMPDIR, for what is cut)"
+        cause = "no space left to write it"
+        return StorageError(cause, subject=path.name, code="no_space", hint=hint)
     cause = error.strerror or str(error)
     return StorageError(f"it cannot be written: {cause}", subject=path.name, code="denied")
 
