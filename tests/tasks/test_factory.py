@@ -7,7 +7,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -16,8 +18,9 @@ import numpy as np
 import pytest
 
 from kpmask.config import PreprocessJob
-from kpmask.errors import DatasetError
+from kpmask.errors import DatasetError, StorageError
 from kpmask.media.encode import encode
+from kpmask.media.images import encode_png
 from kpmask.records import DatasetChanges
 from tasks.dataset import open_dataset
 from tasks.preprocess import preprocess, preprocess_with_changes
@@ -589,3 +592,243 @@ def test_downloads_are_kept_beside_the_dataset(
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     run(one)
     assert not server.counts and len(names_of(out)) == 3
+
+
+# --- sources ---------------------------------------------------------------------------------
+
+
+def utterance(person: str, video: str, boxes: dict[int, tuple[float, float, float, float]]) -> str:
+    """A box file of VoxCeleb 2's: x, y, width and height as fractions, by frame at 25 a second."""
+    head = f"Identity  : \t{person}\nReference : \t{video}\nOffset    : \t0\n"
+    head += "FV Conf   : \t20.0\t(1)\nASD Conf  : \t5.0\n\nFRAME \tX \tY \tW \tH \n"
+    lines = [" \t".join([f"{i:06d}", *map(str, box)]) + " \n" for i, box in boxes.items()]
+    return head + "".join(lines)
+
+
+def dotted(left: int, top: int, side: int) -> np.ndarray:
+    """A grey frame of 96x64 px with a red square."""
+    frame = np.full((64, 96, 3), 60, np.uint8)
+    frame[top : top + side, left : left + side] = (230, 20, 20)
+    return frame
+
+
+def test_voxceleb_annotations_and_drawn_videos(tmp_path: Path, inline: None) -> None:
+    """The clip is what is in the box: at another rate and with a hash among the persons."""
+    raw, source, out = tmp_path / "raw", tmp_path / "txt", tmp_path / "out"
+    raw.mkdir()
+    frames = [dotted(24, 16, 32) if i < 50 else dotted(48, 16, 32) for i in range(100)]
+    encode(raw / "vid.mp4", frames, fps=Fraction(50))  # two seconds
+    quarter, half = 24 / 96, 48 / 96
+    files = {
+        "id1/vid/00001.txt": {i: (quarter, 0.25, 32 / 96, 0.5) for i in range(24)},
+        "id1/vid/00002.txt": {i: (half, 0.25, 32 / 96, 0.5) for i in range(26, 50)},
+        "id2/gone/00001.txt": {i: (0.1, 0.1, 0.3, 0.3) for i in range(20)},
+        "id3/vid/00001.txt": {i: (quarter, 0.25, 32 / 96, 0.5) for i in range(2)},
+    }
+    for name, boxes in files.items():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        person, video, _ = name.split("/")
+        (source / name).write_text(utterance(person, video, boxes))
+    one = job(out, source="voxceleb2", metadata=source, raw=raw, clips={"test_identities": ["id3"]})
+    preprocess(one)
+    dataset = open_dataset(str(out))
+    assert [(c.name, c.identity, c.partition, c.num_frames) for c in dataset.records] == [
+        ("id1#vid#000000#000024", "id1", "train", 48),
+        ("id1#vid#000026#000050", "id1", "train", 48),
+    ]
+    for clip in dataset.records:
+        red_THW = dataset.read(clip)[..., 0]
+        assert red_THW.mean() > 200  # nothing but the square
+    assert codes_of(out) == {
+        "id2#gone#000000#000020": "missing_raw",
+        "id3#vid#000000#000002": "too_short",
+    }
+
+
+def test_nemo_videos_by_person(films: Path, tmp_path: Path, inline: None) -> None:
+    videos, out = tmp_path / "videos", tmp_path / "out"
+    videos.mkdir()
+    for name, film_of in (("001_smile_1", "aaa"), ("001_smile_2", "bbb"), ("002_smile_1", "ccc")):
+        shutil.copy(films / f"{film_of}.mp4", videos / f"{name}.mp4")
+    preprocess(job(out, source="nemo", videos=videos, clips={"test_identities": ["002"]}))
+    records = open_dataset(str(out)).records
+    assert [(c.name, c.identity, c.partition) for c in records] == [
+        ("002_smile_1", "002", "test"),
+        ("001_smile_1", "001", "train"),
+        ("001_smile_2", "001", "train"),
+    ]
+
+
+def trajectory(
+    path: Path, *, robot: str = "sawyer", cameras: int = 2, num_frames: int = 31
+) -> Path:
+    """A file of RoboNet's, as h5py writes it; blue-green-red, as its attribute says."""
+    import h5py
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as file:
+        file.create_group("metadata").attrs.update({"robot": robot, "image_format": "BGR"})
+        for camera in range(cameras):
+            group = file.create_group(f"env/cam{camera}_video")
+            for number in range(num_frames):
+                frame = dotted(number + 18, 16 + 8 * camera, 16)[..., ::-1]
+                group[f"frame{number}"] = np.frombuffer(encode_png(np.array(frame)), np.uint8)
+    return path
+
+
+def test_robonet_trajectories(tmp_path: Path, cuts: list[str]) -> None:
+    """Of the wanted robot; cameras are clips; names repeat over folders and have a hash."""
+    videos, out = tmp_path / "hdf5", tmp_path / "out"
+    trajectory(videos / "a/traj0.hdf5")
+    trajectory(videos / "b/traj0.hdf5", cameras=1)
+    trajectory(videos / "lab#1_traj1.hdf5", cameras=1, num_frames=60)
+    trajectory(videos / "kuka_traj2.hdf5", robot="kuka")
+    trajectory(videos / "short.hdf5", num_frames=12, cameras=1)
+    (videos / "broken.hdf5").write_bytes(b"\x89HDF\r\n\x1a\nbroken")
+    (videos / "page.hdf5").write_text("<html>")
+    settings = {"clips": {"max_frames": 30, "test_identities": ["lab"]}}
+    one = job(out, source="robonet", videos=videos, max_failed_fraction=0.9, **settings)
+    preprocess(one)
+    records = open_dataset(str(out)).records
+    assert [(c.name, c.partition, c.num_frames) for c in records] == [
+        ("lab#1_traj1#cam0#000000#000030", "test", 30),
+        ("lab#1_traj1#cam0#000030#000060", "test", 30),
+        ("a__traj0.hdf5#cam0", "train", 30),
+        ("a__traj0.hdf5#cam1", "train", 30),
+        ("b__traj0.hdf5#cam0", "train", 30),
+    ]
+    red_TC = open_dataset(str(out)).read(records[0]).max(axis=(1, 2))
+    assert (red_TC[:, 0] > 200).all() and (red_TC[:, 2] < 120).all()
+    assert codes_of(out) == {
+        "kuka_traj2": "filtered",
+        "short#cam0": "too_short",
+        "broken": "container_unreadable",
+        "page": "not_media",
+    }
+    assert len(taken(cuts)) == 7
+    assert run(one).version == 1 and cuts == []
+    # What somebody removed is cut again, under whatever name.
+    for shard in (out / "test").iterdir():
+        shard.unlink()
+    run(one)
+    assert taken(cuts) == ["lab#1_traj1"] and len(names_of(out)) == 5
+
+
+def test_a_moving_thing_is_followed(tmp_path: Path, inline: None) -> None:
+    """No boxes: what moves is found, cut and shown in the middle of its clip."""
+    videos, out = tmp_path / "videos", tmp_path / "out"
+    videos.mkdir()
+    noise = np.random.default_rng(1).integers(0, 60, (128, 192, 3)).astype(np.uint8)
+    frames = []
+    for i in range(60):
+        frame = noise.copy()
+        frame[40:80, 50 + i // 2 : 90 + i // 2] = (240, 40, 40)
+        frames.append(frame)
+    encode(videos / "moves.mp4", frames, fps=Fraction(25))
+    encode(videos / "still.mp4", [noise] * 60, fps=Fraction(25))
+    subject = {"detector": "motion", "border": "move"}
+    preprocess(job(out, videos=videos, subject=subject, max_failed_fraction=0.5))
+    assert codes_of(out) == {"still": "no_subject"}
+    (clip,) = open_dataset(str(out)).records
+    left, top, right, bottom = clip.crop_px
+    assert left <= 60 and right >= 105 and top <= 42 and bottom >= 78
+    assert (right - left) < 120 and clip.num_frames > 40
+    frames_THWC = open_dataset(str(out)).read(clip)
+    assert (frames_THWC[:, 12:20, 12:20, 0].mean(axis=(1, 2)) > 150).mean() > 0.8
+
+
+# --- disks -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    try:
+        done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("no `mount` here")
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def leave(folder: Path, free_bytes: int) -> None:
+    """Fill a disk up to some free bytes."""
+    filler = folder / "filler"
+    filler.unlink(missing_ok=True)
+    status = os.statvfs(folder)
+    filler.write_bytes(bytes(max(status.f_bavail * status.f_frsize - free_bytes, 0)))
+
+
+def no_space(error: StorageError) -> None:
+    assert (error.code, error.retryable) == ("no_space", False)
+    assert "no space left" in str(error) or "full" in str(error)
+    assert "free some space" in error.hint  # the way out
+
+
+def test_a_full_disk_under_the_dataset(
+    raw: Path, tmp_path: Path, small_disk: Path, inline: None
+) -> None:
+    """Wherever it fills up: no space, and the way out; and then it goes on."""
+    table = write_table(tmp_path / "t.csv", LINES)
+    out = small_disk / "out"
+    one = job(out, metadata=table, raw=raw)
+    preprocess(one.model_copy(update={"out": str(tmp_path / "whole/out")}))
+    whole = placeless(tmp_path / "whole/out")
+    failed = 0
+    for free_kib in (4, 24, 48, 72, 100, 128, 160, 200, 250, 300, 400):
+        shutil.rmtree(out, ignore_errors=True)
+        leave(small_disk, free_kib * 1024)
+        try:
+            preprocess(one)
+        except StorageError as error:
+            no_space(error)
+            failed += 1
+            assert not (out / "manifest.parquet").exists() or names_of(out)
+            (small_disk / "filler").unlink()
+            preprocess(one)
+        assert placeless(out) == whole
+    assert 5 <= failed < 11
+
+
+def test_a_full_disk_under_temporary_files(
+    raw: Path,
+    tmp_path: Path,
+    small_disk: Path,
+    inline: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    table, out = write_table(tmp_path / "t.csv", LINES), tmp_path / "out"
+    one = job(out, metadata=table, raw=raw, storage={"image_format": "png"})
+    monkeypatch.setattr("tempfile.tempdir", str(small_disk))
+    failed = 0
+    for free_kib in (8, 40, 80, 100, 120, 140, 160, 200, 400):
+        leave(small_disk, free_kib * 1024)
+        try:
+            preprocess(one)
+        except StorageError as error:
+            no_space(error)
+            failed += 1
+    assert 3 <= failed < 9 and len(names_of(out)) == 4
+    (small_disk / "filler").unlink()
+    assert list(small_disk.iterdir()) == []
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_full_disk_found_by_a_worker(raw: Path, tmp_path: Path, small_disk: Path) -> None:
+    """In a process of its own, which says so and is not blamed on the video."""
+    table, out = write_table(tmp_path / "t.csv", LINES), small_disk / "out"
+    leave(small_disk, 24 * 1024)
+    with pytest.raises(StorageError) as full:
+        preprocess(job(out, metadata=table, raw=raw))
+    no_space(full.value)
+    assert full.value.subject.startswith(str(small_disk))
+    (small_disk / "filler").unlink()
+    assert preprocess(job(out, metadata=table, raw=raw)).num_failures == 0
+    assert len(names_of(out)) == 4
