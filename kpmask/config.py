@@ -448,6 +448,26 @@ def _check_start(phase: Phase, before: Phase | None) -> None:
 # --- animate ---------------------------------------------------------------------------------
 
 
+class Credentials(Part):
+    """A signed statement (C2PA) in each video: that it is generated, by what and from what."""
+
+    enabled: bool = True
+    # PEM files: the signer's certificate, then those that issued it; its key, without a password,
+    # which workers on other machines are handed. None: a development certificate of this machine,
+    # which nobody trusts.
+    certificate: str | None = None
+    private_key: str | None = None
+
+    @model_validator(mode="after")
+    def _together(self) -> Credentials:
+        if (self.certificate is None) != (self.private_key is None):
+            given, lacking = "certificate", "private_key"
+            if self.certificate is None:
+                given, lacking = lacking, given
+            raise ValueError(f"{given} is of no use without {lacking}: give both or neither")
+        return self
+
+
 class AnimateJob(Part):
     """Animate one pair or a catalog."""
 
@@ -466,6 +486,7 @@ class AnimateJob(Part):
     batch_size: PositiveInt = 8
     limits: MediaLimits = MediaLimits()
     min_driving_frames: PositiveInt = 2
+    credentials: Credentials = Credentials()
     cluster: Cluster = Cluster()
     max_failed_fraction: Fraction = 0.5
 

@@ -114,6 +114,7 @@ class MediaError(ItemError):
             "encode_failed",
             "ffmpeg_failed",
             "foreign_file",
+            "signing_failed",
         }
     )
     default_code = "not_media"

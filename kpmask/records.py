@@ -281,7 +281,11 @@ class FeatureRecord:
 
 @dataclass(frozen=True, slots=True)
 class EncodedVideo:
-    """A video file that was written and read back."""
+    """A video file that was written and read back.
+
+    `credentials` is who signed its content credentials, or `none`. They come after `sha256`, which
+    is that of the file without them: two signatures of one file differ. `size_bytes` counts them.
+    """
 
     num_frames: int
     fps: float
@@ -290,11 +294,15 @@ class EncodedVideo:
     size_bytes: int
     sha256: str
     has_audio: bool
+    credentials: str = "none"
 
 
 @dataclass(frozen=True, slots=True)
 class AnimationRecord:
-    """A finished animation; `key` is relative to the output root."""
+    """A finished animation; `key` is relative to the output root.
+
+    `sha256` and `credentials` are as those of `EncodedVideo`.
+    """
 
     item_id: str
     name: str
@@ -311,6 +319,7 @@ class AnimationRecord:
     height_px: int
     size_bytes: int
     sha256: str
+    credentials: str = "none"
 
 
 @dataclass(frozen=True, slots=True)
