@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from kpmask.errors import ConfigError
 from kpmask.model_config import SYSTEMS, Fraction, ModelConfig, Part, PositiveInt, Weight
-from kpmask.records import Motion, Partition
+from kpmask.records import MAX_GIF_FPS, Delivery, Motion, OutputFormat, Partition, parse_box
 
 Seconds = Annotated[float, Field(gt=0)]
 
@@ -448,6 +448,61 @@ def _check_start(phase: Phase, before: Phase | None) -> None:
 # --- animate ---------------------------------------------------------------------------------
 
 
+CROP_RULES: dict[str, tuple[str, ...]] = {
+    "crop": ("centre", "auto", "face", "person"),
+    "driving_crop": ("centre", "auto", "face", "person", "motion"),
+}
+FPS_RANGE = (0.1, 240.0)  # of frame rates that may be asked for
+
+
+class Output(Part):
+    """What is cut out of image and video, and what the result is delivered as.
+
+    Cells of a catalog come before the fields of the same name.
+    """
+
+    # What is animated of an image: its largest centred square, its largest face or person (auto:
+    # a face that is large enough, else a person), or a box left-top-right-bottom in pixels as
+    # displayed, which is made square. face needs `pip install kpmask[faces]`, and so does auto.
+    crop: str = "centre"
+    # The same of a video, for all of it: found in its first second; motion: what moves.
+    driving_crop: str = "centre"
+    # Of a found subject's box, on each side; then it is made square and moved into the picture.
+    # YuNet's boxes end at chin and forehead; FOMM's crops of talking heads leave about this room.
+    crop_increase: Annotated[float, Field(ge=0, le=5)] = 0.3
+    no_subject: Literal["fail", "centre"] = "fail"  # where a crop is to be found and is not
+    # None: by the name's ending of `out` for one pair, else mp4. mp4: H.264; webm: VP9; gif: 255
+    # colours for all of it; png: a .zip of numbered pictures, which alone keeps every pixel.
+    format: OutputFormat | None = None
+    # None: the driving video's; of a GIF at most 50. Frames are those shown at their times, so
+    # that the duration stays and sound fits.
+    fps: Annotated[float, Field(ge=FPS_RANGE[0], le=FPS_RANGE[1])] | None = None
+    paste_back: bool = False  # into the whole image, which is as it was outside the crop
+    feather: Annotated[float, Field(ge=0, le=0.5)] = 0.08  # of the crop's side: the seam's width
+    side_by_side: bool = False  # source, driving video and result in a row
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Output:
+        for name, rule in (("crop", self.crop), ("driving_crop", self.driving_crop)):
+            if parse_box(rule) is None and rule not in CROP_RULES[name]:
+                allowed = ", ".join(CROP_RULES[name])
+                raise ValueError(f"{name} {rule!r} is not {allowed} or left-top-right-bottom")
+        if self.format == "gif" and self.fps is not None and self.fps > MAX_GIF_FPS:
+            raise ValueError(f"a gif has at most {MAX_GIF_FPS:g} frames/s, not {self.fps:g}")
+        return self
+
+    def delivery(self) -> Delivery:
+        """What a result has whose catalog row says nothing else."""
+        return Delivery(
+            crop=self.crop,
+            driving_crop=self.driving_crop,
+            format=self.format or "mp4",
+            fps=self.fps,
+            paste_back=self.paste_back,
+            side_by_side=self.side_by_side,
+        )
+
+
 class Credentials(Part):
     """A signed statement (C2PA) in each video: that it is generated, by what and from what."""
 
@@ -482,6 +537,7 @@ class AnimateJob(Part):
     adapt_scale: bool = False
     best_frame: bool = False  # relative motion from the frame most like the source
     audio: bool = False
+    output: Output = Output()
     device: str = "auto"
     batch_size: PositiveInt = 8
     limits: MediaLimits = MediaLimits()

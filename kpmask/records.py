@@ -11,11 +11,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Union
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeVar, Union
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -231,9 +232,68 @@ class RunManifest:
 
 # --- animate ---------------------------------------------------------------------------------
 
+OutputFormat = Literal["mp4", "webm", "gif", "png"]
+SUFFIXES: Final[dict[OutputFormat, str]] = {
+    "mp4": ".mp4",
+    "webm": ".webm",
+    "gif": ".gif",
+    "png": ".zip",  # of numbered pictures: one object, which is there as a whole or not at all
+}
+SOUNDLESS: Final[frozenset[OutputFormat]] = frozenset({"gif", "png"})
+MAX_GIF_FPS: Final = 50.0  # viewers slow down what is faster, to 10 frames/s
+_BOX = re.compile(r"([0-9]{1,6})-([0-9]{1,6})-([0-9]{1,6})-([0-9]{1,6})", re.ASCII)
+
+
+def parse_box(text: str) -> tuple[int, int, int, int] | None:
+    """The box that a text such as `10-20-266-276` means: left, top, right, bottom; else None.
+
+    Raises:
+        ValueError: it is a box without area.
+    """
+    found = _BOX.fullmatch(text)
+    if found is None:
+        return None
+    left, top, right, bottom = (int(part) for part in found.groups())
+    if left >= right or top >= bottom:
+        raise ValueError(f"the box {text} has no area; it is left-top-right-bottom")
+    return left, top, right, bottom
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivery:
+    """How an animation is cut, paced and delivered.
+
+    `crop` and `driving_crop` are rules (centre, auto, face, person; motion for a video) or boxes
+    (`parse_box`) in pixels as displayed. `fps` None is the driving video's own.
+    """
+
+    crop: str = "centre"
+    driving_crop: str = "centre"
+    format: OutputFormat = "mp4"
+    fps: float | None = None
+    paste_back: bool = False
+    side_by_side: bool = False
+
+    def delivery(self) -> dict[str, Any]:
+        """These values by name, JSON-ready, also of a record that has more."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(Delivery)}
+
+    @property
+    def max_fps(self) -> float | None:
+        """A faster driving video loses frames."""
+        return MAX_GIF_FPS if self.format == "gif" else None
+
+    @property
+    def driving_view(self) -> str:
+        """What makes one driving video's frames another's, as a part of a file name."""
+        crop = "" if self.driving_crop == "centre" else f"-{self.driving_crop}"
+        if self.fps is not None:
+            return f"{crop}-{self.fps!r}fps"
+        return crop if self.max_fps is None else f"{crop}-max{self.max_fps!r}fps"
+
 
 @dataclass(frozen=True, slots=True)
-class CatalogRow:
+class CatalogRow(Delivery):
     """One wanted animation, as given: URIs or paths, not yet looked at."""
 
     line: int
@@ -247,7 +307,7 @@ class CatalogRow:
 
 
 @dataclass(frozen=True, slots=True)
-class AnimationItem:
+class AnimationItem(Delivery):
     """A catalog row with its inputs found; `item_id` digests all that shapes the output."""
 
     item_id: str
@@ -320,6 +380,7 @@ class AnimationRecord:
     size_bytes: int
     sha256: str
     credentials: str = "none"
+    driving_view: str = ""  # see `Delivery`
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,15 +1,17 @@
 """Catalogs: which source is to move like which driving video.
 
 - A table (CSV, or Parquet by its name's ending) with the columns `source` and `driving`, and
-  optionally `name`, `motion`, `adapt_scale`, `best_frame` and `audio`. An empty cell takes the
-  job's value. A column of another name is refused: a misspelt one would be ignored otherwise.
+  optionally `name`, `motion`, `adapt_scale`, `best_frame`, `audio`, and how the result is cut and
+  delivered: `crop`, `driving_crop` (rules, or left-top-right-bottom in pixels as displayed),
+  `format`, `fps`, `paste_back`, `side_by_side`. An empty cell takes the job's value. A column of
+  another name is refused: a misspelt one would be ignored otherwise.
 - A relative path is taken from the catalog's own folder. Absolute paths and `s3://` or `file://`
   URIs are used as they are, since whoever wrote the catalog wrote them on purpose. `..` is refused
   in all of them.
 - A row that makes no sense becomes a Failure, and the others go on.
 - Names label results. They are made of letters, digits and `._-`, and are unique without regard
-  to case. A given name that occurs twice fails its second row; a missing one is made from the two
-  files' names, with a number where that is needed.
+  to case or to how an accent is written (Unicode's NFC). A given name that occurs twice fails its
+  second row; a missing one is made from the two files' names, with a number where that is needed.
 """
 
 from __future__ import annotations
@@ -18,16 +20,31 @@ import csv
 import dataclasses
 import itertools
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, get_args
 
+from kpmask.config import CROP_RULES, FPS_RANGE
 from kpmask.errors import ConfigError, RowError
-from kpmask.records import CatalogRow, Failure, Motion
+from kpmask.records import (
+    MAX_GIF_FPS,
+    SOUNDLESS,
+    SUFFIXES,
+    CatalogRow,
+    Delivery,
+    Failure,
+    Motion,
+    OutputFormat,
+    parse_box,
+)
 
-COLUMNS = ("source", "driving", "name", "motion", "adapt_scale", "best_frame", "audio")
+COLUMNS = (
+    *("source", "driving", "name", "motion", "adapt_scale", "best_frame", "audio"),
+    *("crop", "driving_crop", "format", "fps", "paste_back", "side_by_side"),
+)
 REQUIRED = ("source", "driving")
 SCHEMES = ("file", "s3")
 MAX_NAME_LENGTH = 100
@@ -36,7 +53,7 @@ _TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no"
 
 
 @dataclass(frozen=True, slots=True)
-class RowDefaults:
+class RowDefaults(Delivery):
     """What a row has where its cells are empty."""
 
     motion: Motion = "absolute"
@@ -94,7 +111,8 @@ def grid_rows(
             motion=defaults.motion,
             adapt_scale=defaults.adapt_scale,
             best_frame=defaults.best_frame,
-            audio=defaults.audio,
+            audio=defaults.audio and defaults.format not in SOUNDLESS,
+            **defaults.delivery(),
         )
         for line, (driving, source) in enumerate(pairs, start=1)
     ]
@@ -134,6 +152,7 @@ def resolve(reference: str, base: str) -> str:
 
 def clean_name(text: str) -> str:
     """A name that is safe in file names and pages; empty if nothing is left of it."""
+    text = unicodedata.normalize("NFC", text)
     kept = "".join(c if c.isalnum() or c in "._-" else "_" for c in text.strip())
     return re.sub(r"_+", "_", kept).strip("._")[:MAX_NAME_LENGTH]
 
@@ -219,6 +238,9 @@ def _parsed(line: int, cells: Cells, base: str, defaults: RowDefaults) -> Catalo
     if not relative and (adapt_scale or best_frame):
         raise RowError("adapt_scale and best_frame need motion=relative")
     audio = _flag("audio", cells.get("audio"))
+    delivery = _delivery(cells, defaults)
+    if audio and delivery.format in SOUNDLESS:
+        raise RowError(f"audio: a {delivery.format} has no sound")
     return CatalogRow(
         line=line,
         name=clean_name(given_name),
@@ -228,8 +250,60 @@ def _parsed(line: int, cells: Cells, base: str, defaults: RowDefaults) -> Catalo
         # The job's own wishes are for its relative rows; they mean nothing to the others.
         adapt_scale=relative and (defaults.adapt_scale if adapt_scale is None else adapt_scale),
         best_frame=relative and (defaults.best_frame if best_frame is None else best_frame),
-        audio=defaults.audio if audio is None else audio,
+        audio=(defaults.audio if audio is None else audio) and delivery.format not in SOUNDLESS,
+        **delivery.delivery(),
     )
+
+
+def _delivery(cells: Cells, defaults: RowDefaults) -> Delivery:
+    paste_back = _flag("paste_back", cells.get("paste_back"))
+    side_by_side = _flag("side_by_side", cells.get("side_by_side"))
+    form, fps = _format(cells.get("format")), _fps(cells.get("fps"))
+    delivery = Delivery(
+        crop=_crop("crop", cells) or defaults.crop,
+        driving_crop=_crop("driving_crop", cells) or defaults.driving_crop,
+        format=defaults.format if form is None else form,
+        fps=defaults.fps if fps is None else fps,
+        paste_back=defaults.paste_back if paste_back is None else paste_back,
+        side_by_side=defaults.side_by_side if side_by_side is None else side_by_side,
+    )
+    if delivery.format == "gif" and (delivery.fps or 0) > MAX_GIF_FPS:
+        raise RowError(f"fps: a gif has at most {MAX_GIF_FPS:g} frames/s, not {delivery.fps:g}")
+    return delivery
+
+
+def _crop(column: str, cells: Cells) -> str:
+    """The cell's rule or box; empty where it is."""
+    text = str(cells.get(column) or "")
+    try:
+        known = not text or text in CROP_RULES[column] or parse_box(text) is not None
+    except ValueError as error:
+        raise RowError(f"{column}: {error}") from None
+    if not known:
+        allowed = ", ".join(CROP_RULES[column])
+        raise RowError(f"{column} must be {allowed} or left-top-right-bottom, not {text!r}")
+    return text
+
+
+def _format(value: Any) -> OutputFormat | None:  # noqa: ANN401 - a table's cell
+    if value is None or value == "":
+        return None
+    for form in SUFFIXES:
+        if value == form:
+            return form
+    raise RowError(f"format must be one of {', '.join(SUFFIXES)}, not {value!r}")
+
+
+def _fps(value: Any) -> float | None:  # noqa: ANN401 - a table's cell
+    if value is None or value == "":
+        return None
+    try:
+        fps = float(value)
+    except (TypeError, ValueError):
+        fps = 0.0
+    if not FPS_RANGE[0] <= fps <= FPS_RANGE[1]:  # false for NaN, too
+        raise RowError(f"fps must be {FPS_RANGE[0]:g} to {FPS_RANGE[1]:g}, not {value!r}")
+    return fps
 
 
 def _reference(column: str, cells: Cells, base: str) -> str:

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal
 
 import av
 import av.error
@@ -69,7 +70,7 @@ def encode(
     with written_beside(path) as beside:
         try:
             options = {"crf": str(crf), "preset": preset, **same_bytes_options()}
-            num_frames = _write(beside, frames, rate, options)
+            num_frames = write_video(beside, frames, rate, options)
         except av.error.FFmpegError as error:
             raise encode_error(error, path) from error
         return verify(beside, num_frames=num_frames, subject=path.name)
@@ -126,17 +127,33 @@ def encode_error(error: av.error.FFmpegError, path: Path) -> MediaError | Storag
     return MediaError(f"encoding failed: {error}", subject=path.name, code="encode_failed")
 
 
-def _write(
-    path: Path, frames: Iterable[NDArray[np.uint8]], rate: Fraction, options: dict[str, str]
+def write_video(
+    path: Path,
+    frames: Iterable[NDArray[np.uint8]],
+    rate: Fraction,
+    options: dict[str, str],
+    *,
+    codec: Literal["libx264", "libvpx-vp9"] = "libx264",
 ) -> int:
-    """Encode into `path`; the number of frames."""
+    """Encode into `path`, MP4 or WebM as the codec wants; the number of frames.
+
+    Raises:
+        MediaError: no_frames.
+        FFmpegError: encoding or writing failed.
+        ValueError: a frame of another shape or type.
+    """
+    container_name = "mp4" if codec == "libx264" else "webm"
     iterator = iter(frames)
     first_HWC = next(iterator, None)
     if first_HWC is None:
         raise MediaError("there is no frame to encode", subject=path.name, code="no_frames")
-    muxing = {"movflags": "+faststart", "fflags": "+bitexact"}
-    with av.open(f"file:{path.absolute()}", "w", format="mp4", options=muxing) as container:
-        stream = container.add_stream("libx264", rate=rate, options=options)
+    muxing = {"fflags": "+bitexact"}
+    if container_name == "mp4":
+        muxing["movflags"] = "+faststart"
+    with av.open(
+        f"file:{path.absolute()}", "w", format=container_name, options=muxing
+    ) as container:
+        stream = container.add_stream(codec, rate=rate, options=options)
         _set_up(stream, first_HWC.shape, rate)
         num_frames = 0
         for image_HWC in _chained(first_HWC, iterator):
@@ -187,7 +204,7 @@ def _yuv(image_HWC: NDArray[np.uint8], shape: tuple[int, ...]) -> VideoFrame:
 def verify(
     path: Path, *, num_frames: int | None = None, subject: str | None = None
 ) -> EncodedVideo:
-    """Read a written MP4 file back: every packet and the first frame, and its checksum.
+    """Read a written video file back: every packet and the first frame, and its checksum.
 
     Args:
         num_frames: must be in the file; None is not to check.
@@ -221,11 +238,12 @@ def verify(
         width_px=size_px[0],
         height_px=size_px[1],
         size_bytes=path.stat().st_size,
-        sha256=_sha256(path),
+        sha256=file_sha256(path),
         has_audio=has_audio,
     )
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -33,7 +33,8 @@ from kpmask.media.encode import verify, written_beside
 from kpmask.records import EncodedVideo
 
 _LIMITS = MediaLimits()
-_COPIED_CODECS = frozenset({"aac", "mp3"})  # what browsers play in MP4; the rest becomes AAC
+# What browsers play in a container; the rest becomes AAC or Opus.
+_COPIED_CODECS = {".mp4": frozenset({"aac", "mp3"}), ".webm": frozenset({"opus", "vorbis"})}
 _NO_SPACE_TEXTS = ("No space left on device", "File too large", "Disk quota exceeded")
 _NUM_ERROR_LINES = 5
 
@@ -47,11 +48,12 @@ def copy_audio(
     limits: MediaLimits = _LIMITS,
     timeout_s: float = 600.0,
 ) -> EncodedVideo:
-    """Write `video` with the first sound track of `audio_from` to the MP4 file `out`.
+    """Write `video` with the first sound track of `audio_from` to `out`, an MP4 or WebM file.
 
     The picture is copied bit by bit. The sound starts where the first frame of `audio_from` is
-    shown, is cut to `duration_s` seconds, and becomes AAC where it is not something that
-    browsers play in MP4. A source without sound (a folder, a GIF) gives a copy of `video`.
+    shown, is cut to `duration_s` seconds, and becomes AAC (in WebM: Opus) where it is not something
+    that browsers play in such a file. A source without sound (a folder, a GIF) gives a copy of
+    `video`.
 
     Raises:
         MediaError: `audio_from` cannot be read; ffmpeg_failed; encode_failed.
@@ -68,7 +70,9 @@ def copy_audio(
         if offset_s > 0:
             cut["ss"] = f"{offset_s:.6f}"
         streams = [_input(video)["v:0"], _input(audio_from, **cut)["a:0"]]
-        audio_codec = {"acodec": "copy"} if codec in _COPIED_CODECS else _AAC
+        suffix = out.suffix.lower()
+        coded = _AAC if suffix == ".mp4" else _OPUS
+        audio_codec = {"acodec": "copy"} if codec in _COPIED_CODECS[suffix] else coded
         _run(_output(streams, beside, vcodec="copy", **audio_codec), out, timeout_s)
         return verify(beside, num_frames=written.num_frames, subject=out.name)
 
@@ -103,6 +107,7 @@ def normalise(
 
 
 _AAC: dict[str, Any] = {"acodec": "aac", "audio_bitrate": "160k", "flags:a": "+bitexact"}
+_OPUS: dict[str, Any] = {"acodec": "libopus", "audio_bitrate": "128k", "flags:a": "+bitexact"}
 
 
 def _sound_of(path: Path, limits: MediaLimits) -> tuple[str, float] | None:
@@ -128,9 +133,9 @@ def _input(path: Path, **options: Any) -> Any:  # noqa: ANN401 - ffmpeg-python h
 
 def _output(streams: list[Any], path: Path, **options: Any) -> Any:  # noqa: ANN401
     tidy = {"map_metadata": -1, "map_chapters": -1, "fflags": "+bitexact"}
-    return ffmpeg.output(
-        *streams, f"file:{path.absolute()}", f="mp4", movflags="+faststart", **tidy, **options
-    )
+    is_mp4 = path.suffix.lower() == ".mp4"
+    container = {"f": "mp4", "movflags": "+faststart"} if is_mp4 else {"f": "webm"}
+    return ffmpeg.output(*streams, f"file:{path.absolute()}", **container, **tidy, **options)
 
 
 def binary() -> str:

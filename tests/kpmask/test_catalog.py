@@ -174,3 +174,89 @@ def test_references_never_climb(reference: str) -> None:
 )
 def test_names_are_cleaned(text: str, expected: str) -> None:
     assert clean_name(text) == expected
+
+
+# --- how results are cut and delivered -------------------------------------------------------
+
+
+def test_rows_say_how_they_are_cut_and_delivered(tmp_path: Path) -> None:
+    columns = "source,driving,crop,driving_crop,format,fps,paste_back,side_by_side,audio"
+    table = write(
+        tmp_path / "c.csv",
+        f"{columns}\n"
+        "a.jpg,b.mp4,,,,,,,\n"
+        "a.jpg,b.mp4,10-20-266-276,motion,webm,12.5,no,yes,\n"
+        "a.jpg,b.mp4,auto,0-0-9-9,mp4,,,,\n",
+    )
+    defaults = RowDefaults(crop="face", format="gif", fps=20, paste_back=True, audio=True)
+    rows, failures = read_catalog(table, defaults)
+    assert failures == []
+    first, second, third = rows
+    assert first.delivery() == defaults.delivery()
+    assert not first.audio, "a gif has none, whatever the job says"
+    assert second.audio
+    assert second.delivery() == {
+        **{"crop": "10-20-266-276", "driving_crop": "motion", "format": "webm", "fps": 12.5},
+        **{"paste_back": False, "side_by_side": True},
+    }
+    assert (third.crop, third.driving_crop, third.format) == ("auto", "0-0-9-9", "mp4")
+    assert (third.fps, third.paste_back) == (20, True)
+    grid = grid_rows(["/a.jpg"], ["/b.mp4"], defaults)
+    assert (grid[0].delivery(), grid[0].audio) == (defaults.delivery(), False)
+
+
+@pytest.mark.parametrize(
+    ("column", "cell", "said"),
+    [
+        ("crop", "motion", "crop must be"),
+        ("crop", "10-20-10-30", "no area"),
+        ("crop", "10;20;30;40", "crop must be"),
+        ("driving_crop", "nose", "driving_crop must be"),
+        ("format", "avi", "format must be one of mp4, webm, gif, png"),
+        ("fps", "fast", "fps must be 0.1 to 240"),
+        ("fps", "nan", "fps must be"),
+        ("fps", "inf", "fps must be"),
+        ("fps", "0", "fps must be"),
+        ("paste_back", "maybe", "paste_back must be true or false"),
+    ],
+)
+def test_cells_that_make_no_sense(tmp_path: Path, column: str, cell: str, said: str) -> None:
+    table = write(tmp_path / "c.csv", f"source,driving,{column}\na.jpg,b.mp4,{cell}\n")
+    rows, failures = read_catalog(table, RowDefaults())
+    assert rows == []
+    assert codes(failures) == {"line 2": "bad_row"}
+    assert said in failures[0].cause
+
+
+def test_cells_that_do_not_go_together(tmp_path: Path) -> None:
+    text = "source,driving,format,fps,audio\na.jpg,b.mp4,gif,60,\na.jpg,b.mp4,png,60,true\n"
+    rows, failures = read_catalog(write(tmp_path / "c.csv", text), RowDefaults())
+    assert rows == []
+    assert [f.cause for f in failures] == [
+        "fps: a gif has at most 50 frames/s, not 60",
+        "audio: a png has no sound",
+    ]
+
+
+def test_names_that_differ_only_in_how_an_accent_is_written_are_one(tmp_path: Path) -> None:
+    composed, apart = "Zo\u00eb", "Zoe\u0308"
+    assert clean_name(composed) == clean_name(apart) == composed
+    text = f"source,driving,name\na.jpg,b.mp4,{composed}\na.jpg,c.mp4,{apart}\n"
+    rows, failures = read_catalog(write(tmp_path / "c.csv", text), RowDefaults())
+    assert [row.name for row in rows] == [composed]
+    assert codes(failures) == {"line 3": "duplicate_name"}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("a/b\\c", "a_b_c"), ("../../x", "x"), ("\u6f22\u5b57 \U0001f600", "\u6f22\u5b57")],
+)
+def test_names_of_strangers(tmp_path: Path, name: str, expected: str) -> None:
+    text = f"source,driving,name\na.jpg,b.mp4,{name}\n"
+    rows, _ = read_catalog(write(tmp_path / "c.csv", text), RowDefaults())
+    assert [row.name for row in rows] == [expected]
+    made = "f" * 300
+    text = f"source,driving\n{made}.jpg,b.mp4\n{made}2.jpg,b.mp4\n"
+    rows, failures = read_catalog(write(tmp_path / "d.csv", text), RowDefaults())
+    assert failures == []
+    assert len({row.name for row in rows}) == 2

@@ -8,6 +8,7 @@ import struct
 import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
@@ -109,7 +110,11 @@ def _cut(kind: str) -> bytes:
         (b"", "empty_file"),
         (b"hello", "not_media"),
         (b"<html>" * 100, "not_media"),
+        (b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>' * 9, "not_media"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg' width='99' height='99'/>", "not_media"),
         (_png_claiming(40000, 40000), "dimensions_over_limit"),
+        (_png_claiming(20000, 20000), "dimensions_over_limit"),
+        (_png_claiming(1, 1), "too_small"),
         (_png_claiming(10000, 10000), "dimensions_over_limit"),  # Pillow would only warn
         (_png_claiming(5000, 100), "dimensions_over_limit"),
         (_png_claiming(100, 31), "too_small"),
@@ -126,6 +131,34 @@ def test_bad_pictures(data: bytes, code: str, tmp_path: Path) -> None:
         read_image(path, LIMITS)
     assert caught.value.code == code
     assert "a.png" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF"])
+def test_of_an_animated_picture_the_first_frame_counts(kind: str, tmp_path: Path) -> None:
+    first, second = Image.new("RGB", (50, 40), (200, 30, 40)), Image.new("RGB", (50, 40))
+    path = tmp_path / "a.png"
+    lossless = {"lossless": True} if kind == "WEBP" else {}
+    first.save(path, kind, save_all=True, append_images=[second], duration=100, **lossless)
+    with Image.open(path) as opened:
+        assert opened.n_frames == 2
+    assert (read_image(path, LIMITS) == [200, 30, 40]).all()
+    assert image_size(path, LIMITS) == (50, 40)
+
+
+def test_colours_of_16_bits(tmp_path: Path) -> None:
+    levels_HWC = np.random.default_rng(0).integers(0, 65536, (40, 50, 3), dtype=np.uint16)
+    cv2.imwrite(str(tmp_path / "a.png"), levels_HWC[..., ::-1])
+    error = np.abs(read_image(tmp_path / "a.png", LIMITS) - levels_HWC / 257)
+    assert error.max() <= 1
+
+
+def test_a_picture_that_is_too_large_is_not_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.png").write_bytes(_png_claiming(20000, 20000))
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("it was decoded"))
+    with pytest.raises(MediaError):
+        read_image(tmp_path / "a.png", LIMITS)
 
 
 def test_an_avif_file_without_its_data(tmp_path: Path) -> None:
