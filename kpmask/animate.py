@@ -31,6 +31,7 @@ from kpmask import bundled, checkpoint
 from kpmask.errors import ConfigError
 from kpmask.media import images
 from kpmask.models.base import AnimationSystem, State
+from kpmask.optimize import Wanted, choose
 from kpmask.records import Motion
 
 Frame = NDArray[np.uint8]  # HWC RGB
@@ -72,34 +73,46 @@ class Animator:
     """A trained system, ready to animate."""
 
     def __init__(
-        self, system: AnimationSystem[Any, Any], *, device: str = "auto", weights_sha256: str = ""
+        self,
+        system: AnimationSystem[Any, Any],
+        *,
+        device: str = "auto",
+        weights_sha256: str = "",
+        precision: Wanted = "plain",
     ) -> None:
         """Args:
         system: with its weights; it is moved to the device and put into eval mode.
         device: auto (a GPU where there is one), cpu, cuda or cuda:N.
+        precision: plain computes with the system as it is, else see `kpmask.optimize`.
 
         Raises:
-            ConfigError: there is no such device.
+            ConfigError: there is no such device or precision.
         """
         self.device = choose_device(device)
-        self.system = system.to(self.device).eval().requires_grad_(False)
+        plain = system.to(self.device).eval().requires_grad_(False)
+        chosen = choose(plain, precision, device=self.device)
+        self.system, self.precision = chosen.system, chosen.precision
+        self.precision_check = chosen.check  # what bfloat16 changes, where that was measured
         self.weights_sha256 = weights_sha256
 
     @classmethod
-    def load(cls, weights: str | Path, *, device: str = "auto") -> Self:
+    def load(cls, weights: str | Path, *, device: str = "auto", precision: Wanted = "auto") -> Self:
         """An animator from bundled weights or a weights file.
 
         Args:
             weights: a text without separator or suffix is the name of bundled weights ("demo");
                 any other, and every `Path`, is a file.
             device: auto (a GPU where there is one), cpu, cuda or cuda:N.
+            precision: auto draws frames in bfloat16 where the device computes it and the frames
+                stay what they are (45 dB or more), else as float32 does: exactly, but for the
+                order of sums. plain is the slow way, for comparison.
 
         Raises:
             CheckpointError: there is no such name or file, or it is broken or no weights file.
-            ConfigError: there is no such device.
+            ConfigError: there is no such device or precision.
         """
         loaded = checkpoint.load(bundled.locate(weights))
-        return cls(loaded.system, device=device, weights_sha256=loaded.sha256)
+        return cls(loaded.system, device=device, weights_sha256=loaded.sha256, precision=precision)
 
     def for_reconstruction(self) -> Self:
         """The animator as its system is scored in reconstruction; weights are shared."""

@@ -26,10 +26,11 @@ def training_precision(settings: TrainSettings, device: torch.device | str) -> P
     """
     if settings.precision != "auto":
         return settings.precision
-    return "bfloat16" if _has_bfloat16(torch.device(device).type) else "float32"
+    return "bfloat16" if has_bfloat16(torch.device(device).type) else "float32"
 
 
-def _has_bfloat16(device_type: str) -> bool:
+def has_bfloat16(device_type: str) -> bool:
+    """Whether devices of that type here have instructions for bfloat16."""
     if device_type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device_type == "cpu":
