@@ -140,6 +140,21 @@ def _weights() -> Check:
     return Check("weights", "ok", f"{names}: checksums right")
 
 
+def _credentials() -> Check:
+    """Whether results can be signed; the development certificate is made with the first of them."""
+    from kpmask import certificates, provenance
+    from kpmask.errors import ConfigError
+
+    path = certificates.development_file()
+    try:
+        provenance.try_out(certificates.make_development())
+        signer = certificates.development() if path.exists() else None
+    except ConfigError as error:
+        return Check("credentials", "bad", str(error), "or --no-credentials")
+    where = "to be made" if signer is None else "here"
+    return Check("credentials", "ok", f"signing works; development certificate {where}: {path}")
+
+
 def _answers(url: str, default_port: int) -> bool:
     parts = urlsplit(url)
     try:
@@ -213,6 +228,7 @@ CHECKS: Sequence[Callable[[], Check]] = (
     _downloader,
     _perceptual,
     _weights,
+    _credentials,
     _prefect,
     _ray,
     _store,

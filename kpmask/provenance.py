@@ -39,7 +39,7 @@ from kpmask.records import EncodedVideo
 GENERATOR: Final = "kpmask"
 NONE: Final = "none"  # in records, of what was not signed
 SIDECAR: Final = ".c2pa"
-WAY_OUT: Final = "set credentials.enabled=false (--no-credentials) writes it without"
+WAY_OUT: Final = "--no-credentials (credentials.enabled=false) leaves them out"
 
 State = Literal["trusted", "valid", "invalid"]
 
@@ -295,7 +295,7 @@ def _check(path: Path, claim: Claim, found: Credentials) -> None:
         cause = "what was signed does not say what it should"
     else:
         return
-    raise MediaError(cause, subject=path.name, code="signing_failed", hint=WAY_OUT)
+    raise MediaError(f"{cause}; {WAY_OUT}", subject=path.name, code="signing_failed")
 
 
 @contextmanager
@@ -310,10 +310,9 @@ def _errors(path: Path) -> Iterator[None]:
                 "no space left to sign it", subject=path.name, code="no_space"
             ) from error
         raise MediaError(
-            f"its content credentials cannot be signed: {_plain(str(error))}",
+            f"its content credentials cannot be signed: {_plain(str(error))}; {WAY_OUT}",
             subject=path.name,
             code="signing_failed",
-            hint=WAY_OUT,
         ) from error
     except OSError as error:
         raise storage_error(error, path) from error

@@ -170,7 +170,7 @@ def test_an_expired_signature_is_invalid(video: tuple[Path, EncodedVideo], tmp_p
     with pytest.raises(MediaError, match=r"cannot be signed|not valid") as caught:
         sign(path, CLAIM, expired)
     assert caught.value.code == "signing_failed"
-    assert "--no-credentials" in caught.value.hint
+    assert "--no-credentials" in caught.value.cause
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
