@@ -12,9 +12,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
@@ -34,7 +35,8 @@ from kpmask.records import (
     FeatureRecord,
     Progress,
 )
-from kpmask.report import GalleryMedia, gallery_page
+from kpmask.report import GalleryMedia, gallery_page, poster_key
+from kpmask.report.gallery import POSTERS
 from tasks import storage
 from tasks.catalog import CatalogPlan, local_media, plan_catalog
 from tasks.cluster import ray_session, run_items
@@ -239,7 +241,7 @@ class _CatalogRun:
         manifest = _manifest(store, self._plan, records, failures, num_items=len(records))
         write_table(store, FAILURES, failures, Failure, metadata=metadata)
         write_json(store, SUMMARY, manifest)
-        store.put(PAGE, gallery(manifest, records, failures).encode())
+        store.put(PAGE, gallery(store, manifest, records, failures).encode())
         write_table(store, MANIFEST, records, AnimationRecord, metadata=metadata)
         self._journal.clear()
         self._feature_journal.clear()
@@ -250,28 +252,40 @@ class _CatalogRun:
 
 
 def gallery(
-    manifest: CatalogManifest, records: Sequence[AnimationRecord], failures: Sequence[Failure]
+    store: ObjectStore,
+    manifest: CatalogManifest,
+    records: Iterable[AnimationRecord],
+    failures: Iterable[Failure],
 ) -> str:
     """The page of a finished catalog; it refers to the files beside it."""
+    posters = any(True for _ in store.list(f"{POSTERS}/"))
     return gallery_page(
         title="Animations",
         manifest=manifest,
-        records=sorted(records, key=lambda record: record.name),
+        records=records,
         failures=failures,
-        media=gallery_media(records),
+        media=functools.partial(item_media, posters=posters),
     )
 
 
-def gallery_media(records: Sequence[AnimationRecord]) -> dict[str, GalleryMedia]:
-    """What the gallery shows of each item: keys relative to the catalog."""
-    return {
-        record.item_id: GalleryMedia(
-            source=source_preview(record.source_sha256),
-            driving=driving_preview(record.driving_sha256),
-            result=record.key,
-        )
-        for record in records
-    }
+def gallery_media(records: Iterable[AnimationRecord]) -> dict[str, GalleryMedia]:
+    """What a page shows of each item, by its id."""
+    return {record.item_id: item_media(record) for record in records}
+
+
+def item_media(record: AnimationRecord, *, posters: bool = False) -> GalleryMedia:
+    """What a page shows of an item: keys relative to the catalog.
+
+    With `posters`, items have such pictures beside them; where one lacks its own, the page makes
+    do without.
+    """
+    return GalleryMedia(
+        source=source_preview(record.source_sha256),
+        driving=driving_preview(record.driving_sha256),
+        result=record.key,
+        poster=poster_key(record.item_id) if posters else "",
+        file=record.key,
+    )
 
 
 def _manifest(

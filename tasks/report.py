@@ -128,7 +128,8 @@ def _comparison(store: ObjectStore) -> str:
 
 def _catalog(store: ObjectStore) -> str:
     manifest = CatalogManifest(**read_json(store, SUMMARY))
-    return gallery(manifest, read_table(store, MANIFEST, AnimationRecord), _failures(store))
+    records = iter_table(store, MANIFEST, AnimationRecord)
+    return gallery(store, manifest, records, iter_table_if_any(store, FAILURES, Failure))
 
 
 # By a file that only this kind has; a catalog's come last, since others have such tables too.

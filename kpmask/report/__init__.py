@@ -26,7 +26,7 @@ from kpmask.report.comparison import Curve, Strip, comparison_curves_svg, compar
 from kpmask.report.dataset import DatasetSummary, dataset_page
 from kpmask.report.demo import Command, Link, demo_page
 from kpmask.report.evaluation import evaluation_page
-from kpmask.report.gallery import GalleryMedia, gallery_page
+from kpmask.report.gallery import GalleryMedia, gallery_page, poster, poster_key
 from kpmask.report.page import picture_uri, relative_url
 from kpmask.report.previews import (
     PREVIEW_FRAMES,
@@ -54,6 +54,8 @@ __all__ = [
     "gallery_page",
     "loss_curve_svg",
     "picture_uri",
+    "poster",
+    "poster_key",
     "preview_frame_numbers",
     "preview_key",
     "preview_strip",

@@ -104,9 +104,12 @@ def render(
     title: str,
     kind: str,
     home: str | None,
+    own: str = "",
     **values: Any,  # noqa: ANN401
 ) -> str:
-    script = _part("_script.html")
+    """A page; `own` names the style and the script that only this kind of page has."""
+    script = _part("_script.html") + (_part(f"_{own}_script.html") if own else "")
+    style = _part("_style.html") + (_part(f"_{own}_style.html") if own else "")
     script_hash = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return (
         _environment()
@@ -116,7 +119,7 @@ def render(
             kind=kind,
             home=home,
             home_label="overview",
-            style=Markup(_part("_style.html")),  # noqa: S704 - our own file
+            style=Markup(style),  # noqa: S704 - our own file
             script=Markup(script),  # noqa: S704 - our own file
             script_hash=f"sha256-{script_hash}",
             **values,
