@@ -57,6 +57,11 @@ def _workers(count: int | None) -> dict[str, Any] | None:
     return None if count is None else {"num_workers": count}
 
 
+def _given(**values: Any) -> dict[str, Any] | None:  # noqa: ANN401 - flags of any type
+    """The flags of a job's part that were given."""
+    return {name: value for name, value in values.items() if value is not None} or None
+
+
 @app.command()
 def preprocess(
     out: Out,
@@ -201,11 +206,16 @@ def animate(
     checkpoint: Annotated[
         str, typer.Option(help="A weights file of `train` or `import`, or a bundled name: demo.")
     ],
-    out: Annotated[str, typer.Option(help="A .mp4 file for one pair, else a folder or s3://.")],
+    out: Annotated[
+        str,
+        typer.Option(
+            help="For one pair a file .mp4, .webm, .gif or .zip (of PNGs), else a folder or s3://."
+        ),
+    ],
     source: Annotated[str | None, typer.Option(help="One image.")] = None,
     driving: Annotated[str | None, typer.Option(help="One video.")] = None,
     catalog: Annotated[
-        str | None, typer.Option(help="CSV or Parquet: source,driving[,name,motion,...].")
+        str | None, typer.Option(help="CSV or Parquet: source,driving[,name,motion,crop,...].")
     ] = None,
     sources: Annotated[
         str | None, typer.Option(help="Glob of images, each with each video.")
@@ -219,6 +229,28 @@ def animate(
         bool | None, typer.Option(help="Relative motion from the frame most like the source.")
     ] = None,
     audio: Annotated[bool | None, typer.Option(help="Copy the driving video's audio.")] = None,
+    crop: Annotated[
+        str | None,
+        typer.Option(help="Of the image: centre, auto, face, person or left-top-right-bottom."),
+    ] = None,
+    driving_crop: Annotated[
+        str | None, typer.Option(help="Of the video: as --crop, or motion.")
+    ] = None,
+    paste_back: Annotated[
+        bool | None, typer.Option(help="Put the result back into the whole image.")
+    ] = None,
+    side_by_side: Annotated[
+        bool | None, typer.Option(help="Show source, driving video and result in a row.")
+    ] = None,
+    file_format: Annotated[
+        str | None, typer.Option("--format", help="mp4, webm, gif or png (a .zip of pictures).")
+    ] = None,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames/s of the result; its duration stays.")
+    ] = None,
+    no_credentials: Annotated[
+        bool, typer.Option("--no-credentials", help="Do not sign the results as generated (C2PA).")
+    ] = False,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     preset: Preset = None,
     job: JobFile = None,
@@ -236,6 +268,12 @@ def animate(
         kpmask animate --checkpoint w.safetensors --catalog pairs.csv --out s3://bucket/shop
 
         kpmask animate --checkpoint w.safetensors --sources 'i/*.png' --drivings 'v/*.mp4' --out g
+
+        kpmask animate --checkpoint demo --source group.jpg --crop face --paste-back
+        --driving talk.mp4 --audio --out group.webm
+
+        kpmask animate --checkpoint demo --source me.jpg --driving dance.mp4 --side-by-side
+        --fps 15 --out compare.gif
     """
     resolved = config.resolve_job(
         config.AnimateJob,
@@ -254,6 +292,15 @@ def animate(
             "adapt_scale": adapt_scale,
             "best_frame": best_frame,
             "audio": audio,
+            "output": _given(
+                crop=crop,
+                driving_crop=driving_crop,
+                paste_back=paste_back,
+                side_by_side=side_by_side,
+                format=file_format,
+                fps=fps,
+            ),
+            "credentials": {"enabled": False} if no_credentials else None,
             "device": device,
             "cluster": _workers(workers),
         },
@@ -265,7 +312,10 @@ def animate(
         return
     if resolved.source is not None:
         video = jobs.run_animate_pair(resolved, quiet=as_json)
-        lines = [f"{resolved.out}: {video.num_frames} frames at {video.fps:g} frames/s"]
+        lines = [
+            f"{resolved.out}: {video.num_frames} frames at {video.fps:g} frames/s",
+            f"content credentials: {video.credentials}",
+        ]
         console.show(jobs.as_result(video), as_json=as_json, lines=lines)
         return
     manifest = jobs.run_animate(resolved, quiet=as_json)
@@ -458,6 +508,32 @@ def report(
     from flows import jobs
 
     typer.echo(jobs.rebuild_page(uri))
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A video or picture.")],
+    anchors: Annotated[
+        Path | None, typer.Option(help="PEM certificates of those whose word is trusted.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a file says of its making (content credentials), and whether that holds.
+
+    The exit status is 0 where it does, and 1 where the file says nothing or was changed.
+
+    Examples:
+
+        kpmask inspect out.mp4
+    """
+    from flows import credentials
+    from kpmask.records import as_dict
+
+    found = credentials.read(file, anchors)
+    result = None if found is None else as_dict(found)
+    console.show(result, as_json=as_json, lines=credentials.lines(file, found))
+    if found is None or found.state == "invalid":
+        raise typer.Exit(console.EXIT_FAILED)
 
 
 @checkpoint_app.command("info")

@@ -255,20 +255,30 @@ def paste(frame_HWC: Frame, patch_HWC: Frame, box_px: Box, feather_px: int) -> F
     height_px, width_px = frame_HWC.shape[:2]
     if not (0 <= left < right <= width_px and 0 <= top < bottom <= height_px) or feather_px < 0:
         raise ValueError(f"a box {box_px}, feather {feather_px}, in {width_px}x{height_px} px")
+    feather_px = min(feather_px, min(right - left, bottom - top) // 2)
     weight_HW1 = _weight(box_px, (width_px, height_px), feather_px)
     patch_HWC = images.resize(patch_HWC, (right - left, bottom - top))
     pasted_HWC = frame_HWC.copy()
-    below_HWC = pasted_HWC[top:bottom, left:right].astype(np.float32)
-    mixed_HWC = below_HWC + weight_HW1 * (patch_HWC.astype(np.float32) - below_HWC)
-    pasted_HWC[top:bottom, left:right] = np.rint(mixed_HWC).astype(np.uint8)
+    inside_HWC, below_HWC = (x_HWC[top:bottom, left:right] for x_HWC in (pasted_HWC, frame_HWC))
+    inside_HWC[:] = patch_HWC
+    for band in _bands(bottom - top, right - left, feather_px):
+        below, above = below_HWC[band].astype(np.float32), patch_HWC[band].astype(np.float32)
+        inside_HWC[band] = np.rint(below + weight_HW1[band] * (above - below)).astype(np.uint8)
     return pasted_HWC
+
+
+def _bands(height_px: int, width_px: int, feather_px: int) -> Iterator[tuple[slice, slice]]:
+    """The rows and columns where a seam may be, each pixel once."""
+    near_y, near_x = slice(0, feather_px), slice(0, feather_px)
+    far_y, far_x = slice(height_px - feather_px, height_px), slice(width_px - feather_px, width_px)
+    between = slice(feather_px, height_px - feather_px)
+    yield from ((near_y, slice(None)), (far_y, slice(None)), (between, near_x), (between, far_x))
 
 
 @functools.lru_cache(maxsize=2)
 def _weight(box_px: Box, frame_px: tuple[int, int], feather_px: int) -> NDArray[np.float32]:
     """The patch's share of each pixel of its box, float32 HW1 in (0, 1]; 1 further in."""
     left, top, right, bottom = box_px
-    feather_px = min(feather_px, min(right - left, bottom - top) // 2)
     x_W = _ramp(right - left, feather_px, left > 0, right < frame_px[0])
     y_H = _ramp(bottom - top, feather_px, top > 0, bottom < frame_px[1])
     weight_HW1 = (y_H[:, None] * x_W)[..., None]

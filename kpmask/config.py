@@ -479,7 +479,8 @@ class Output(Part):
     fps: Annotated[float, Field(ge=FPS_RANGE[0], le=FPS_RANGE[1])] | None = None
     paste_back: bool = False  # into the whole image, which is as it was outside the crop
     feather: Annotated[float, Field(ge=0, le=0.5)] = 0.08  # of the crop's side: the seam's width
-    side_by_side: bool = False  # source, driving video and result in a row
+    # Source, driving video and result in a row, at most 720 px high: it is for looking at.
+    side_by_side: bool = False
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Output:

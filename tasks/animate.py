@@ -17,19 +17,23 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Final
 
 from kpmask.animate import Animator, Frame, Transfer
+from kpmask.compose import cut, source_crop
 from kpmask.config import AnimateJob
 from kpmask.driving import DrivingVideo
 from kpmask.errors import ConfigError
-from kpmask.media import images
-from kpmask.media.encode import encode
+from kpmask.media import formats, images
 from kpmask.records import (
+    MAX_GIF_FPS,
+    SOUNDLESS,
+    SUFFIXES,
     AnimationItem,
     AnimationRecord,
     CatalogManifest,
+    Delivery,
     EncodedVideo,
     Failure,
     FeatureRecord,
@@ -38,7 +42,7 @@ from kpmask.records import (
 from kpmask.report import GalleryMedia, gallery_page, poster_key
 from kpmask.report.gallery import POSTERS
 from tasks import storage
-from tasks.catalog import CatalogPlan, local_media, plan_catalog
+from tasks.catalog import CatalogPlan, content_digest, local_media, plan_catalog
 from tasks.cluster import ray_session, run_items
 from tasks.manifest import (
     Journal,
@@ -51,12 +55,20 @@ from tasks.render import (
     FEATURES,
     FeatureItem,
     FeatureWorker,
+    Place,
     RenderItem,
     RenderWorker,
     WorkerSettings,
+    claim_of,
+    credentials_key,
+    delivered,
+    driving_place,
     driving_preview,
     open_driving,
     part_key,
+    publish,
+    result_preview,
+    source_place,
     source_preview,
     with_sound,
 )
@@ -183,14 +195,14 @@ class _CatalogRun:
 
     def _features(
         self, todo: Sequence[AnimationItem], on_progress: OnProgress | None
-    ) -> tuple[dict[tuple[str, str], FeatureRecord], list[Failure]]:
-        """Features by kind and content, and a failure of each item that lacks one."""
+    ) -> tuple[dict[Place, FeatureRecord], list[Failure]]:
+        """Features by place, and a failure of each item that lacks one."""
         wanted = self._wanted_features(todo)
         known = self._known_features()
-        features: dict[tuple[str, str], FeatureRecord] = {
-            (w.kind, w.sha256): known[w.feature_id] for w in wanted if w.feature_id in known
+        features: dict[Place, FeatureRecord] = {
+            w.place: known[w.feature_id] for w in wanted if w.feature_id in known
         }
-        broken: dict[tuple[str, str], Failure] = {}
+        broken: dict[Place, Failure] = {}
         for outcome in run_items(
             [w for w in wanted if w.feature_id not in known],
             FeatureWorker,
@@ -200,7 +212,7 @@ class _CatalogRun:
             cluster=self._job.cluster,
             on_progress=on_progress,
         ):
-            place = (outcome.item.kind, outcome.item.sha256)
+            place = outcome.item.place
             if outcome.result is not None:
                 self._feature_journal.add(outcome.item.feature_id, outcome.result)
                 features[place] = outcome.result
@@ -218,16 +230,20 @@ class _CatalogRun:
         }
 
     def _wanted_features(self, todo: Sequence[AnimationItem]) -> list[FeatureItem]:
-        """Each image and each driving video once; the videos first, which take longest."""
+        """Each image and each driving video once (for each way that it is cut and paced); the
+        videos first, which take longest.
+        """
         digest = self._plan.settings_digest
         drivings = {
-            item.driving_sha256: FeatureItem.of(
-                "driving", item.driving, item.driving_sha256, digest
+            driving_place(item): FeatureItem.of(
+                "driving", item.driving, item.driving_sha256, digest, item
             )
             for item in todo
         }
         sources = {
-            item.source_sha256: FeatureItem.of("source", item.source, item.source_sha256, digest)
+            source_place(item): FeatureItem.of(
+                "source", item.source, item.source_sha256, digest, item
+            )
             for item in todo
         }
         return [*drivings.values(), *sources.values()]
@@ -281,8 +297,8 @@ def item_media(record: AnimationRecord, *, posters: bool = False) -> GalleryMedi
     """
     return GalleryMedia(
         source=source_preview(record.source_sha256),
-        driving=driving_preview(record.driving_sha256),
-        result=record.key,
+        driving=driving_preview(record.driving_sha256, record.driving_view),
+        result=result_preview(record),
         poster=poster_key(record.item_id) if posters else "",
         file=record.key,
     )
@@ -308,25 +324,27 @@ def _manifest(
 
 def _is_there(record: AnimationRecord, sizes_bytes: dict[str, int]) -> bool:
     """Whether the result is in the store as it was recorded, and what the gallery shows with it."""
-    previews = (source_preview(record.source_sha256), driving_preview(record.driving_sha256))
+    previews = (
+        source_preview(record.source_sha256),
+        driving_preview(record.driving_sha256, record.driving_view),
+        result_preview(record),
+        *filter(None, [credentials_key(record.key, record.credentials)]),
+    )
     whole = sizes_bytes.get(record.key) == record.size_bytes
     return whole and all(key in sizes_bytes for key in previews)
 
 
-def _render_item(
-    item: AnimationItem, features: dict[tuple[str, str], FeatureRecord]
-) -> RenderItem | None:
-    source = features.get(("source", item.source_sha256))
-    driving = features.get(("driving", item.driving_sha256))
+def _render_item(item: AnimationItem, features: dict[Place, FeatureRecord]) -> RenderItem | None:
+    source = features.get(source_place(item))
+    driving = features.get(driving_place(item))
     return None if source is None or driving is None else RenderItem(item, source, driving)
 
 
-def _blamed(todo: Sequence[AnimationItem], broken: dict[tuple[str, str], Failure]) -> list[Failure]:
+def _blamed(todo: Sequence[AnimationItem], broken: dict[Place, Failure]) -> list[Failure]:
     """A failure for each item whose image or driving video has none; the image's comes first."""
     failures = []
     for item in todo:
-        source = broken.get(("source", item.source_sha256))
-        failure = source or broken.get(("driving", item.driving_sha256))
+        failure = broken.get(source_place(item)) or broken.get(driving_place(item))
         if failure is not None:
             cause = f"{failure.item}: {failure.cause}"
             failures.append(dataclasses.replace(failure, item=item.name, cause=cause))
@@ -337,17 +355,16 @@ def _blamed(todo: Sequence[AnimationItem], broken: dict[tuple[str, str], Failure
 
 
 def animate_pair(job: AnimateJob, *, on_progress: OnProgress | None = None) -> EncodedVideo:
-    """Animate one image by one video into one `.mp4` file, frame by frame.
+    """Animate one image by one video into one file, frame by frame.
 
     Raises:
-        ConfigError: `out` is no .mp4, or the motion is not supported.
+        ConfigError: `out` has no name or format that is known, or the motion is not supported.
         CheckpointError: the weights cannot be read.
         MediaError: the image or the video cannot be used.
         StorageError: something is not there, or the result cannot be written.
     """
     assert job.source is not None and job.driving is not None
-    if not job.out.lower().endswith(".mp4"):
-        raise ConfigError("the result of one pair is an .mp4 file", subject="out")
+    delivery = delivery_of_pair(job)
     store, key = storage.open_object(absolute(job.out))
     settings = WorkerSettings.of(job)
     animator = Animator.load(local_weights(job.checkpoint), device=job.device)
@@ -357,23 +374,50 @@ def animate_pair(job: AnimateJob, *, on_progress: OnProgress | None = None) -> E
         local_media(absolute(job.driving)) as driving_path,
         tempfile.TemporaryDirectory(prefix="kpmask-") as folder,
     ):
-        driving = open_driving(driving_path, settings, animator)
+        image_HWC = images.read_image(source, job.limits)
+        crop_px = source_crop(image_HWC, delivery.crop, job.output, job.limits)
+        driving = open_driving(driving_path, settings, animator, delivery)
         frames = animator.stream(
-            images.read_image(source, job.limits),
+            cut(image_HWC, crop_px),
             driving,
             motion=job.motion,
             adapt_scale=job.adapt_scale,
             best_frame=job.best_frame,
             batch_size=job.batch_size,
         )
-        path = Path(folder) / "result.mp4"
-        video = encode(path, _counted(frames, driving, on_progress), fps=driving.fps)
+        if delivery.paste_back or delivery.side_by_side:
+            frames = delivered(frames, source, driving_path, settings, animator, delivery)
+        path = Path(folder) / f"result{SUFFIXES[delivery.format]}"
+        frames = _counted(frames, driving, on_progress)
+        video = formats.write(path, frames, fps=driving.fps, form=delivery.format)
         if job.audio:
             video, path = with_sound(path, driving_path, video, job.limits)
-        store.put_file(key, path)
+        sha256s = (content_digest(source), content_digest(driving_path))
+        claim = claim_of(animator, sha256s, delivery, video)
+        video = publish(store, key, path, video, claim, settings.signer)
     if driving.num_frames_lost:
         log.warning("%s is damaged: %d frames lost", job.driving, driving.num_frames_lost)
     return video
+
+
+def delivery_of_pair(job: AnimateJob) -> Delivery:
+    """How a pair's result is delivered, its format by the name of `out`.
+
+    Raises:
+        ConfigError: the name means no format, or another than `output.format`; sound is wanted of
+            what has none; a GIF is to be too fast.
+    """
+    suffix = PurePosixPath(job.out).suffix.lower()
+    named = next((form for form, known in SUFFIXES.items() if known == suffix), None)
+    form = job.output.format or named
+    if named is None or named != form:
+        wanted = ", ".join(SUFFIXES.values()) if form is None else SUFFIXES[form]
+        raise ConfigError(f"the result of one pair is a file {wanted}", subject="out")
+    if job.audio and form in SOUNDLESS:
+        raise ConfigError(f"a {suffix} file has no sound", subject="audio")
+    if form == "gif" and (job.output.fps or 0) > MAX_GIF_FPS:
+        raise ConfigError(f"a gif has at most {MAX_GIF_FPS:g} frames/s", subject="output.fps")
+    return dataclasses.replace(job.output.delivery(), format=form)
 
 
 def _counted(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
-from kpmask import checkpoint
+from kpmask import checkpoint, compose, provenance
 from kpmask.animate import Transfer
 from kpmask.config import AnimateJob
 from kpmask.data import catalog
@@ -54,6 +54,7 @@ def plan_catalog(job: AnimateJob) -> CatalogPlan:
         CheckpointError: the weights cannot be read.
         StorageError: a store denies or does not answer.
     """
+    provenance.identity(job.credentials)  # a certificate that cannot sign is refused at once
     loaded = checkpoint.load(local_weights(job.checkpoint))
     _check_motion(job, loaded.system)
     rows, failures = _rows(job)
@@ -77,6 +78,12 @@ def settings_digest(job: AnimateJob, weights_sha256: str) -> str:
             "weights": weights_sha256,
             "limits": job.limits.model_dump(mode="json"),
             "min_driving_frames": job.min_driving_frames,
+            "compose": compose.VERSION,
+            # What else of `output` there is, an item's own cells say.
+            "crop_increase": job.output.crop_increase,
+            "no_subject": job.output.no_subject,
+            "feather": job.output.feather,
+            "credentials": provenance.identity(job.credentials),
         }
     )
 
@@ -90,7 +97,10 @@ def failure_of(item: str, stage: str, error: ItemError) -> Failure:
 
 
 def _rows(job: AnimateJob) -> tuple[list[CatalogRow], list[Failure]]:
-    defaults = catalog.RowDefaults(job.motion, job.adapt_scale, job.best_frame, job.audio)
+    defaults = catalog.RowDefaults(
+        *(job.motion, job.adapt_scale, job.best_frame, job.audio),
+        **job.output.delivery().delivery(),
+    )
     if job.catalog is not None:
         uri = absolute(job.catalog)
         base = uri.rpartition("/")[0] or "/"
@@ -164,6 +174,8 @@ def _item(row: CatalogRow, hashes: dict[str, str | ItemError], settings: str) ->
         "adapt_scale": row.adapt_scale,
         "best_frame": row.best_frame,
         "audio": row.audio,
+        "delivery": row.delivery(),
+        "finders": [compose.finder(row.crop), compose.finder(row.driving_crop)],
     }
     return AnimationItem(
         item_id=digest(wanted)[:ID_LENGTH],
@@ -176,6 +188,7 @@ def _item(row: CatalogRow, hashes: dict[str, str | ItemError], settings: str) ->
         adapt_scale=row.adapt_scale,
         best_frame=row.best_frame,
         audio=row.audio,
+        **row.delivery(),
     )
 
 

@@ -8,23 +8,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Final, Literal
 
 import safetensors.torch
 from safetensors import safe_open
 
+from kpmask import provenance
 from kpmask.animate import Animator, Frame, Transfer, fit_square, state_tensors
-from kpmask.config import AnimateJob, MediaLimits
+from kpmask.certificates import Signer
+from kpmask.compose import composed, cut, driving_crop, preview, source_crop
+from kpmask.config import AnimateJob, MediaLimits, Output
 from kpmask.driving import DrivingVideo
-from kpmask.media import ffmpeg, images
+from kpmask.media import decode, ffmpeg, formats, images
 from kpmask.media.encode import encode
 from kpmask.models.base import State
-from kpmask.records import AnimationItem, AnimationRecord, EncodedVideo, FeatureRecord, digest
+from kpmask.provenance import Claim
+from kpmask.records import (
+    SOUNDLESS,
+    SUFFIXES,
+    AnimationItem,
+    AnimationRecord,
+    Delivery,
+    EncodedVideo,
+    FeatureRecord,
+    digest,
+)
 from tasks import storage
 from tasks.catalog import ID_LENGTH, local_media
 from tasks.storage import ObjectStore, absolute
@@ -33,6 +47,7 @@ from tasks.weights import local_weights, reference
 FRAMES_PER_PART: Final = 256
 FEATURES: Final = "features"
 PREVIEW_CRF: Final = 26
+PREVIEW_PX: Final = 512  # of a result that browsers do not play as it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +60,8 @@ class WorkerSettings:
     batch_size: int
     limits: MediaLimits
     min_driving_frames: int
+    output: Output
+    signer: Signer | None  # of the content credentials
 
     @classmethod
     def of(cls, job: AnimateJob) -> WorkerSettings:
@@ -55,7 +72,14 @@ class WorkerSettings:
             batch_size=job.batch_size,
             limits=job.limits,
             min_driving_frames=job.min_driving_frames,
+            output=job.output,
+            signer=provenance.open_signer(job.credentials),
         )
+
+
+PLAIN: Final = Delivery()
+Kind = Literal["source", "driving"]
+Place = tuple[Kind, str, str]  # kind, content, and how it is cut and paced
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,19 +87,40 @@ class FeatureItem:
     """An image or driving video whose state is wanted."""
 
     feature_id: str
-    kind: Literal["source", "driving"]
+    kind: Kind
     uri: str
     sha256: str
+    delivery: Delivery
 
     @classmethod
     def of(
-        cls, kind: Literal["source", "driving"], uri: str, sha256: str, settings: str
+        cls, kind: Kind, uri: str, sha256: str, settings: str, delivery: Delivery = PLAIN
     ) -> FeatureItem:
         """Args:
         settings: digest of what shapes every state of the job, the weights among it.
+        delivery: how the image is cut, or the video cut and paced.
         """
-        wanted = {"kind": kind, "sha256": sha256, "settings": settings}
-        return cls(digest(wanted)[:ID_LENGTH], kind, uri, sha256)
+        wanted = {"place": _place(kind, sha256, delivery), "settings": settings}
+        return cls(digest(wanted)[:ID_LENGTH], kind, uri, sha256, delivery)
+
+    @property
+    def place(self) -> Place:
+        """What tells it from the job's other features."""
+        return _place(self.kind, self.sha256, self.delivery)
+
+
+def source_place(item: AnimationItem) -> Place:
+    """Which feature of an image an animation needs."""
+    return _place("source", item.source_sha256, item)
+
+
+def driving_place(item: AnimationItem) -> Place:
+    """Which feature of a video an animation needs."""
+    return _place("driving", item.driving_sha256, item)
+
+
+def _place(kind: Kind, sha256: str, delivery: Delivery) -> Place:
+    return kind, sha256, delivery.crop if kind == "source" else delivery.driving_view
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +137,15 @@ def source_preview(sha256: str) -> str:
     return f"media/{sha256[:ID_LENGTH]}.jpg"
 
 
-def driving_preview(sha256: str) -> str:
-    """Where the gallery's copy of a driving video lies."""
-    return f"media/{sha256[:ID_LENGTH]}.mp4"
+def driving_preview(sha256: str, view: str = "") -> str:
+    """Where the gallery's copy of a driving video lies, as `view` shows it."""
+    return f"media/{sha256[:ID_LENGTH]}{view}.mp4"
+
+
+def result_preview(record: AnimationRecord) -> str:
+    """Where what the gallery shows of a result lies: the result itself if browsers play it."""
+    plays = record.key.endswith((SUFFIXES["mp4"], SUFFIXES["webm"]))
+    return record.key if plays else f"media/{record.item_id}.mp4"
 
 
 def part_key(feature_id: str, number: int) -> str:
@@ -123,9 +174,11 @@ class FeatureWorker:
             return self._source(item, path) if item.kind == "source" else self._driving(item, path)
 
     def _source(self, item: FeatureItem, path: Path) -> FeatureRecord:
-        image_HWC = images.read_image(path, self._settings.limits)
+        settings = self._settings
+        image_HWC = images.read_image(path, settings.limits)
+        crop_px = source_crop(image_HWC, item.delivery.crop, settings.output, settings.limits)
         parts = _PartWriter(self._store, item.feature_id)
-        parts.add(self._animator.encode_source(image_HWC))
+        parts.add(self._animator.encode_source(cut(image_HWC, crop_px)))
         shown_HWC = fit_square(image_HWC, self._animator.image_size_px)
         self._store.put(source_preview(item.sha256), images.encode_jpeg(shown_HWC, quality=85))
         return FeatureRecord(
@@ -139,13 +192,14 @@ class FeatureWorker:
         )
 
     def _driving(self, item: FeatureItem, path: Path) -> FeatureRecord:
-        driving = open_driving(path, self._settings, self._animator)
+        driving = open_driving(path, self._settings, self._animator, item.delivery)
         parts = _PartWriter(self._store, item.feature_id)
         with tempfile.TemporaryDirectory(prefix="kpmask-") as folder:
             preview = Path(folder) / "preview.mp4"
             frames = self._encoded(driving, parts)
             encode(preview, frames, fps=driving.fps, crf=PREVIEW_CRF)
-            self._store.put_file(driving_preview(item.sha256), preview)
+            key = driving_preview(item.sha256, item.delivery.driving_view)
+            self._store.put_file(key, preview)
         return FeatureRecord(
             feature_id=item.feature_id,
             kind="driving",
@@ -211,17 +265,29 @@ class RenderWorker:
         """
         item = work.item
         transfer = Transfer(item.motion, item.adapt_scale, item.best_frame)
-        frames = self._animator.stream_states(
+        frames: Iterator[Frame] = self._animator.stream_states(
             self._source(work.source), lambda: self._chunks(work.driving), transfer
         )
-        key = f"{item.item_id}.mp4"
-        with tempfile.TemporaryDirectory(prefix="kpmask-") as folder:
-            path = Path(folder) / "result.mp4"
-            video = encode(path, frames, fps=work.driving.fps)
+        key = f"{item.item_id}{SUFFIXES[item.format]}"
+        with (
+            tempfile.TemporaryDirectory(prefix="kpmask-") as folder,
+            contextlib.ExitStack() as stack,
+        ):
+            path = Path(folder) / f"result{SUFFIXES[item.format]}"
+            if item.paste_back or item.side_by_side:
+                source, driven = (
+                    stack.enter_context(local_media(u)) for u in (item.source, item.driving)
+                )
+                frames = delivered(frames, source, driven, self._settings, self._animator, item)
+            video = formats.write(path, frames, fps=work.driving.fps, form=item.format)
             if item.audio:
                 with local_media(item.driving) as driving:
                     video, path = with_sound(path, driving, video, self._settings.limits)
-            self._store.put_file(key, path)
+            sha256s = (item.source_sha256, item.driving_sha256)
+            claim = claim_of(self._animator, sha256s, item, video)
+            video = publish(self._store, key, path, video, claim, self._settings.signer)
+            if item.format in SOUNDLESS:  # which browsers do not play as videos
+                self._put_preview(item, path, video, claim)
         return AnimationRecord(
             item_id=item.item_id,
             name=item.name,
@@ -238,7 +304,23 @@ class RenderWorker:
             height_px=video.height_px,
             size_bytes=video.size_bytes,
             sha256=video.sha256,
+            credentials=video.credentials,
+            driving_view=item.driving_view,
         )
+
+    def _put_preview(
+        self, item: AnimationItem, path: Path, video: EncodedVideo, claim: Claim
+    ) -> None:
+        """What the gallery shows of a result, out of the result."""
+        if item.format == "gif":
+            shown: Iterator[Frame] = (f.rgb_HWC for f in decode.frames(path, MediaLimits()))
+        else:
+            shown = formats.pictures(path)
+        small = path.with_name("preview.mp4")
+        frames = (preview(frame_HWC, PREVIEW_PX) for frame_HWC in shown)
+        made = encode(small, frames, fps=video.fps, crf=PREVIEW_CRF)
+        key = f"media/{item.item_id}.mp4"
+        publish(self._store, key, small, made, claim, self._settings.signer)
 
     def _source(self, record: FeatureRecord) -> State:
         path = self._store.local(part_key(record.feature_id, 0))
@@ -264,18 +346,91 @@ def _load(settings: WorkerSettings) -> Animator:
     return Animator.load(local_weights(settings.checkpoint), device=settings.device)
 
 
-def open_driving(path: Path, settings: WorkerSettings, animator: Animator) -> DrivingVideo:
-    """The driving video at the model's size.
+def open_driving(
+    path: Path, settings: WorkerSettings, animator: Animator, delivery: Delivery
+) -> DrivingVideo:
+    """The driving video at the model's size, cut and paced as wanted.
 
     Raises:
-        MediaError: it cannot be read or breaks a limit.
+        MediaError: it cannot be read or breaks a limit, or there is no subject to cut out.
     """
     return DrivingVideo(
         path,
         settings.limits,
         side_px=animator.image_size_px,
         min_frames=settings.min_driving_frames,
+        crop_px=driving_crop(path, delivery.driving_crop, settings.output, settings.limits),
+        fps=delivery.fps,
+        max_fps=delivery.max_fps,
     )
+
+
+def delivered(
+    frames: Iterable[Frame],
+    source: Path,
+    driving: Path,
+    settings: WorkerSettings,
+    animator: Animator,
+    delivery: Delivery,
+) -> Iterator[Frame]:
+    """What is shown for frames that were drawn; the image and the video are read once more.
+
+    Raises:
+        MediaError: one of them cannot be read.
+    """
+    image_HWC = images.read_image(source, settings.limits)
+    return composed(
+        frames,
+        source_HWC=image_HWC,
+        crop_px=source_crop(image_HWC, delivery.crop, settings.output, settings.limits),
+        driving=open_driving(driving, settings, animator, delivery),
+        delivery=delivery,
+        feather=settings.output.feather,
+    )
+
+
+def claim_of(
+    animator: Animator, sha256s: tuple[str, str], delivery: Delivery, video: EncodedVideo
+) -> Claim:
+    """What a result's credentials say.
+
+    Args:
+        sha256s: of the image and of the driving video.
+        video: with the driving video's sound, if it has it: that is no model's work.
+    """
+    composite = video.has_audio or delivery.paste_back or delivery.side_by_side
+    return Claim(animator.weights_sha256, *sha256s, composite=composite)
+
+
+def publish(
+    store: ObjectStore,
+    key: str,
+    path: Path,
+    video: EncodedVideo,
+    claim: Claim,
+    signer: Signer | None,
+) -> EncodedVideo:
+    """Label a finished video and upload it, after what has to lie beside it.
+
+    This is where every result leaves: with its credentials, or because none are wanted.
+
+    Raises:
+        MediaError: signing_failed.
+        StorageError: the store denies, lacks space or does not answer.
+    """
+    video = provenance.label(path, video, claim, signer)
+    if (beside := credentials_key(key, video.credentials)) is not None:
+        store.put_file(beside, provenance.sidecar_of(path))
+    store.put_file(key, path)
+    return video
+
+
+def credentials_key(key: str, credentials: str) -> str | None:
+    """Where the credentials of a stored result lie that has them not inside."""
+    path = PurePosixPath(key)
+    if credentials == provenance.NONE or provenance.carries(Path(path.name)):
+        return None
+    return str(path.with_suffix(provenance.SIDECAR))
 
 
 def with_sound(

@@ -196,8 +196,12 @@ def test_rows_say_how_they_are_cut_and_delivered(tmp_path: Path) -> None:
     assert not first.audio, "a gif has none, whatever the job says"
     assert second.audio
     assert second.delivery() == {
-        **{"crop": "10-20-266-276", "driving_crop": "motion", "format": "webm", "fps": 12.5},
-        **{"paste_back": False, "side_by_side": True},
+        "crop": "10-20-266-276",
+        "driving_crop": "motion",
+        "format": "webm",
+        "fps": 12.5,
+        "paste_back": False,
+        "side_by_side": True,
     }
     assert (third.crop, third.driving_crop, third.format) == ("auto", "0-0-9-9", "mp4")
     assert (third.fps, third.paste_back) == (20, True)
