@@ -342,7 +342,9 @@ class ClipWorker:
     def __init__(self, settings: ScoreSettings) -> None:
         self._settings = settings
         self._animator = Animator.load(
-            weights.local_weights(settings.checkpoint), device=settings.device
+            weights.local_weights(settings.checkpoint),
+            device=settings.device,
+            precision="float32",  # a score is of the weights, not of a processor's rounding
         )
         self._dataset = Dataset((), fetch=storage.open_store(settings.data).local)
         self._scorer = _Scorer(settings)

@@ -128,7 +128,7 @@ def read_scores(out: Path) -> list[VideoScore]:
 
 def by_hand(inputs: Path) -> dict[tuple[str, str], list[np.ndarray]]:
     """L1 of every frame of each test clip, by (metric, method)."""
-    animator = Animator.load(inputs / "w.safetensors", device="cpu")
+    animator = Animator.load(inputs / "w.safetensors", device="cpu", precision="plain")
     dataset = Dataset.from_folder(inputs / "data")
     found: dict[tuple[str, str], list[np.ndarray]] = {}
     for record in dataset.partition("test"):
