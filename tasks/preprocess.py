@@ -92,6 +92,8 @@ log = logging.getLogger(__name__)
 VIDEOS: Final = "videos.parquet"
 WORK: Final = ".work"
 COUNTS: Final = ".work/changes.json"
+FOLDERS: Final = ".work/folders.parquet"
+GONE: Final = "gone:"  # before the id of a clip whose folder may hold another one by now
 LEASE: Final = ".state/lease"
 MAX_ROUNDS: Final = 3
 PREVIEWS_AT_ONCE: Final = 16
@@ -261,10 +263,11 @@ class _Run:
         """Take stock: the dataset as it is, and the results that there are."""
         book, out = self._book, self._out
         book.begin()
-        if out.exists(MANIFEST):  # without it, failures are of a run that came to nothing
-            book.add_before(
-                iter_table(out, MANIFEST, ClipRecord), iter_table_if_any(out, FAILURES, Failure)
-            )
+        if out.exists(MANIFEST):
+            failures = iter_table_if_any(out, FAILURES, Failure)
+            book.add_before(iter_table(out, MANIFEST, ClipRecord), failures)
+        else:  # failures are of a run that came to nothing
+            book.add_before(iter_table_if_any(out, FOLDERS, ClipRecord), [])
         keys = (info.key for split in ("train/", "test/") for info in out.list(split))
         there = {key if key.endswith(".arrow") else key.rpartition("/")[0] for key in keys}
         gone = [key for key in book.before_shards() if key not in there]
@@ -457,7 +460,10 @@ class _Run:
             changes=counts,
             metadata={"content": content},
             keep_versions=self._job.storage.keep_versions,
-            folders_before=[key for key in book.before_shards() if not key.endswith(".arrow")],
+            folders_before=[
+                *(key for key in book.before_shards() if not key.endswith(".arrow")),
+                *self._folders_noted(),
+            ],
         )
 
     def _counts(self, content: str) -> dict[str, int]:
@@ -491,8 +497,9 @@ class _Run:
         """Put the clips into their shards or folders, as far as they are not there."""
         self._set_places()
         book, as_folders = self._book, self._job.storage.layout == "folders"
-        if as_folders and book.changes_folders():
-            self._out.delete(MANIFEST)  # its folders are about to change
+        if as_folders and book.changes_folders():  # no reader may take them for what they were
+            self._note_folders()
+            self._out.delete(MANIFEST)
         there = {i.key for part in ("train", "test") for i in self._out.list(f"{part}/shard-")}
 
         def lacks(place: Place) -> bool:
@@ -504,6 +511,22 @@ class _Run:
         counter = _Counter("shards", total, self._report)
         for place in self._run_stage(filter(lacks, self._places()), Placer, "shards", total):
             counter.add(count=len(place.clips))
+
+    def _folders_noted(self) -> list[str]:
+        noted = iter_table_if_any(self._out, FOLDERS, ClipRecord)
+        return [clip.shard for clip in noted if not clip.shard.endswith(".arrow")]
+
+    def _note_folders(self) -> None:
+        """Note which folders stay as they are, for the run after this one, should it be killed."""
+        key = MANIFEST if self._out.exists(MANIFEST) else FOLDERS
+
+        def noted() -> Iterator[ClipRecord]:
+            for clip in iter_table(self._out, key, ClipRecord):
+                stays = clip.shard.endswith(".arrow") or clip.clip_id.startswith(GONE)
+                stays = stays or self._book.keeps_folder(clip.clip_id, clip.shard)
+                yield clip if stays else replace(clip, clip_id=GONE + clip.clip_id)
+
+        write_table(self._out, FOLDERS, noted(), ClipRecord)
 
     def _set_places(self) -> None:
         self._book.set_places(

@@ -489,6 +489,11 @@ class Workbook:
         )
         return bool(self._one(query))
 
+    def keeps_folder(self, clip_id: str, key: str) -> bool:
+        """Whether a clip will lie at a key."""
+        query = "SELECT 1 FROM clip WHERE clip_id = ? AND shard = ? AND twin IS NULL"
+        return self._db.execute(query, (clip_id, key)).fetchone() is not None
+
     # --- failures ----------------------------------------------------------------------------
 
     def failures(self) -> Iterator[Failure]:
