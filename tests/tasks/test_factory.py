@@ -6,10 +6,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import http.server
+import itertools
 import json
 import os
+import random
 import shutil
+import signal
 import subprocess
+import threading
+import urllib.parse
+from collections import Counter
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -34,6 +41,7 @@ from tests.support.factory import (
     line,
     placeless,
     recorded_cuts,
+    started,
     tree_of,
     write_table,
 )
@@ -832,3 +840,237 @@ def test_a_full_disk_found_by_a_worker(raw: Path, tmp_path: Path, small_disk: Pa
     (small_disk / "filler").unlink()
     assert preprocess(job(out, metadata=table, raw=raw)).num_failures == 0
     assert len(names_of(out)) == 4
+
+
+# --- killed and crowded ----------------------------------------------------------------------
+
+# Ends by SIGKILL at an event of its own: the n-th of a stage, of reading, writing or removing.
+RUN_AND_DIE = """
+import os, signal, sys
+from collections import Counter
+from kpmask.config import PreprocessJob
+from tasks.preprocess import preprocess
+from tasks.storage import LocalStore
+from tasks.workbook import Workbook
+
+name, _, number = os.environ["DIE_AT"].partition(" ")
+seen = Counter()
+
+def tick(event):
+    seen[event] += 1
+    if event == name and seen[event] == int(number):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def ticking(event, method):
+    def both(*args, **kwargs):
+        tick(event)
+        return method(*args, **kwargs)
+    return both
+
+Workbook.add_failures = ticking("rows", Workbook.add_failures)
+LocalStore._publish = ticking("write", LocalStore._publish)
+LocalStore.delete = ticking("delete", LocalStore.delete)
+job = PreprocessJob.model_validate_json(sys.argv[1])
+preprocess(job, on_progress=lambda progress: tick(progress.stage))
+"""
+
+
+@pytest.fixture
+def cluster_environment(ray_cluster: None) -> dict[str, str]:
+    """What a process needs to be a driver of the tests' Ray."""
+    import ray
+
+    settings = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
+    return settings | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+
+
+@pytest.fixture(scope="module")
+def crowd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten videos, of two clips each, one in the test split, and a table with a bad row."""
+    folder = tmp_path_factory.mktemp("crowd")
+    filmed(folder / "raw", [f"v{i}" for i in range(10)])
+    lines = [
+        line(f"v{i}", start, start + 24, "test" if i == 4 else "train", f"p{i}")
+        for i in range(10)
+        for start in (0, 24)
+    ]
+    write_table(folder / "table.csv", [*lines, line("gone", 0, 24, "train", "p"), lines[0]])
+    return folder
+
+
+def crowded(crowd: Path, out: Path) -> PreprocessJob:
+    storage = {"clips_per_shard": 3, "keep_versions": 1}
+    return job(out, metadata=crowd / "table.csv", raw=crowd / "raw", storage=storage)
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_killed_six_times_and_run_to_its_end(
+    seed: int,
+    crowd: Path,
+    tmp_path: Path,
+    cluster_environment: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In each stage, at an event drawn by lot; the tree is as if nothing had happened."""
+    rng = random.Random(seed)
+    one = crowded(crowd, tmp_path / "killed/out")
+    deaths = [
+        f"rows {rng.randint(1, 2)}",
+        f"preprocess {rng.randint(1, 4)}",
+        f"preprocess {rng.randint(2, 5)}",
+        f"shards {rng.randint(2, 6)}",
+        rng.choice(["previews 1", "previews 2", f"write {rng.randint(2, 5)}"]),
+        rng.choice([f"write {rng.randint(4, 9)}", f"delete {rng.randint(1, 12)}"]),
+    ]
+    for death in deaths:
+        process = started(
+            one, code=RUN_AND_DIE, environment=cluster_environment | {"DIE_AT": death}
+        )
+        assert process.wait(120) == -signal.SIGKILL, death
+    inline_stages(monkeypatch)
+    preprocess(one)
+    whole = crowded(crowd, tmp_path / "whole/out")
+    preprocess(whole)
+    killed, expected = placeless(Path(one.out)), placeless(Path(whole.out))
+    assert killed.keys() == expected.keys()
+    assert [key for key in killed if killed[key] != expected[key]] == []
+
+
+def test_three_processes_at_once_of_which_one_is_killed(
+    crowd: Path,
+    tmp_path: Path,
+    cluster_environment: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one = crowded(crowd, tmp_path / "killed/out")
+    processes = [
+        started(one, code=RUN_AND_DIE, environment=cluster_environment | {"DIE_AT": death})
+        for death in ("preprocess 3", "never", "never")
+    ]
+    codes = [process.wait(180) for process in processes]
+    assert codes[0] in {0, -signal.SIGKILL} and codes[1:] == [0, 0]
+    assert not (Path(one.out) / ".state").exists()
+    inline_stages(monkeypatch)
+    whole = crowded(crowd, tmp_path / "whole/out")
+    preprocess(whole)
+    assert placeless(Path(one.out)) == placeless(Path(whole.out))
+
+
+def test_killed_folders_are_completed(
+    raw: Path, tmp_path: Path, inline: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layout of folders is changed in place: a kill costs no clip that is there already,
+    be it in a folder or, of another layout, in a shard.
+    """
+    table = tmp_path / "t.csv"
+    trees, cut = {}, {}
+    for name, before in (("killed", "folders"), ("changed", "shards"), ("whole", "folders")):
+        out = tmp_path / name / "out"
+        one = job(out, metadata=table, raw=raw, storage={"layout": "folders"})
+        write_table(table, LINES)
+        preprocess(job(out, metadata=table, raw=raw, storage={"layout": before}))
+        write_table(table, [*LINES[1:], line("ddd", 0, 24, "train", "p4")])
+        with monkeypatch.context() as patch:
+            if name != "whole":
+                patch.setattr("tasks.preprocess.publish", killed_here)
+                with pytest.raises(Killed):
+                    preprocess(one)
+                patch.undo()
+                inline_stages(patch)
+            cuts = recorded_cuts(patch)
+            preprocess(one)
+            cut[name] = taken(cuts)
+        trees[name] = placeless(tmp_path / name / "out")
+    assert cut == {"killed": [], "changed": [], "whole": ["aaa", "ddd"]}
+    assert trees["killed"].keys() == trees["changed"].keys() == trees["whole"].keys()
+    assert trees["killed"] == trees["whole"]
+    assert trees["changed"].pop("versions.json") != trees["whole"].pop("versions.json")
+    assert trees["changed"] == trees["whole"]
+    assert len(names_of(tmp_path / "killed/out")) == 4
+
+
+class Killed(BaseException):
+    """As good as SIGKILL: nothing is written after it."""
+
+
+def killed_here(*args: object, **kwargs: object) -> None:
+    raise Killed
+
+
+# --- the internal media ----------------------------------------------------------------------
+
+
+class Fifths(http.server.BaseHTTPRequestHandler):
+    """Files of a folder, by ranges; one request in five fails, by 503 and half way in turn."""
+
+    folder: Path
+    count = itertools.count()
+    failed: Counter[str]
+
+    def log_message(self, *args: object) -> None: ...
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        data = (self.folder / urllib.parse.unquote(self.path[1:])).read_bytes()
+        number = next(self.count)
+        if number % 10 == 0:
+            self.failed["503"] += 1
+            self.send_response(503)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        start = int((self.headers["Range"] or "bytes=0-").removeprefix("bytes=").split("-")[0])
+        self.send_response(206 if self.headers["Range"] else 200)
+        if self.headers["Range"]:
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        self.send_header("Content-Type", "video/mp4")
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("ETag", f'"{len(data)}"')
+        self.send_header("Content-Length", str(len(data) - start))
+        self.end_headers()
+        body = data[start:]
+        if number % 10 == 5:
+            self.failed["closed"] += 1
+            body = body[: len(body) // 2]
+            self.close_connection = True
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_same_dataset_by_files_and_by_a_host_that_fails(dev_data: Path, tmp_path: Path) -> None:
+    """From the table: local files, and over HTTP where one request in five fails."""
+    table = dev_data / "metadata/vox-like-metadata.csv"
+    two = {"num_workers": 2}
+    by_file = job(tmp_path / "file/out", metadata=table, raw=dev_data / "raw", cluster=two)
+    preprocess(by_file)
+    state = {"folder": dev_data / "raw", "count": itertools.count(), "failed": Counter()}
+    handler = type("Handler", (Fifths,), state)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        download = {
+            "enabled": True,
+            "url_template": f"http://127.0.0.1:{server.server_port}/{{video_id}}.mp4",
+            "allow_private_hosts": True,
+            "backoff_s": 0.05,
+        }
+        by_http = job(tmp_path / "http/out", metadata=table, download=download, cluster=two)
+        try:
+            preprocess(by_http)
+        finally:
+            server.shutdown()
+            thread.join()
+    failed: Counter[str] = state["failed"]  # type: ignore[assignment]
+    assert failed["503"] >= 1 and failed["closed"] >= 1
+    trees = [placeless(tmp_path / name / "out") for name in ("file", "http")]
+    for tree in trees:
+        tree.pop("videos.parquet")  # says which files were read
+    raw = {key: trees[1].pop(key) for key in list(trees[1]) if key.startswith("raw/")}
+    assert len(raw) == 8
+    assert all((dev_data / key).read_bytes() == data for key, data in raw.items())
+    assert trees[0]["manifest.parquet"] == trees[1]["manifest.parquet"]
+    assert trees[0] == trees[1]
+    assert failures_of(by_http.out) == []
