@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import subprocess
+import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -48,6 +49,15 @@ def decoded(path: Path) -> list[Any]:
         return [(f.pts, f.to_ndarray(format="yuv420p")) for f in file.decode(video=0)]
 
 
+def boxes(data: bytes) -> list[tuple[bytes, int]]:
+    """Names and offsets of an MP4 file's outermost boxes."""
+    found, place = [], 0
+    while place < len(data):
+        found.append((bytes(data[place + 4 : place + 8]), place))
+        place += int.from_bytes(data[place : place + 4], "big")
+    return found
+
+
 def gif_frames(path: Path) -> list[np.ndarray]:
     with Image.open(path) as file:
         return [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(file)]
@@ -88,8 +98,9 @@ def test_a_signed_video_says_what_it_is(
     assert all(np.array_equal(a, b) for (_, a), (_, b) in zip(before, after, strict=True))
     assert verify(path, num_frames=12).size_bytes == labelled.size_bytes
     # The index is still in front, so that browsers start at once.
-    data = path.read_bytes()
-    assert data.index(b"moov") < data.index(b"mdat")
+    assert [name for name, _ in boxes(path.read_bytes())] == [
+        *(b"ftyp", b"uuid", b"moov", b"free", b"mdat")
+    ]
 
 
 def test_the_library_reads_the_same_and_the_action_names_its_inputs(
@@ -184,7 +195,7 @@ def test_a_changed_byte_is_found_and_another_encoding_has_none(
     path, _ = video
     sign(path, CLAIM, signer)
     data = bytearray(path.read_bytes())
-    data[data.index(b"mdat") + 500] ^= 1
+    data[dict(boxes(data))[b"mdat"] + 500] ^= 1
     changed = tmp_path / "changed.mp4"
     changed.write_bytes(data)
     found = read_credentials(changed)
@@ -226,6 +237,28 @@ def test_damaged_files_raise_or_are_invalid(
         except MediaError:
             continue
         assert found is None or found.state == "invalid" or bytes(data) == whole
+
+
+def test_memory_does_not_grow_with_the_video(tmp_path: Path) -> None:
+    """Signing and reading back 60 MB, in a process of its own."""
+    long = tmp_path / "long.mov"
+    source = ["-f", "lavfi", "-i", "testsrc=s=640x480", "-frames:v", "65"]
+    ffmpeg(*source, "-c:v", "rawvideo", "-pix_fmt", "rgb24", str(long))
+    code = (
+        "import resource, sys; from pathlib import Path; from kpmask import certificates;"
+        "from kpmask.provenance import Claim, sign;"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "signer = certificates.make_development(); before = peak();"
+        "sign(Path(sys.argv[1]), Claim('0' * 64, '0' * 64, '0' * 64), signer);"
+        "print(peak() - before)"
+    )
+    command = [sys.executable, "-c", code, str(long)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert long.stat().st_size > 50e6
+    assert int(done.stdout) < 30_000, "KiB"
+    found = read_credentials(long)
+    assert found is not None
+    assert found.state == "valid"
 
 
 # --- formats ---------------------------------------------------------------------------------
