@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= demo-out
+# Tests start Ray, Prefect and object stores of their own: more than two at a time want a large machine.
+JOBS ?= 2
 
 # What `make weights` makes: videos of people who are not in the demo (it has seed 0), and the
 # system that is to be called `demo`. WEIGHTS_TRAIN is for a GPU: --set use_gpu=true
@@ -30,8 +32,8 @@ $(STAMP): requirements.lock pyproject.toml
 demo: $(STAMP) ## generate videos, preprocess, train, animate, evaluate; prints where the page is
 	$(BIN)/kpmask demo --out $(OUT)
 
-test: $(STAMP) ## every test
-	$(BIN)/python -m pytest
+test: $(STAMP) ## every test, two files at a time
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 check: $(STAMP) ## format, lint, strict types
 	$(BIN)/ruff format --check .
