@@ -91,7 +91,11 @@ def choose_crop(
         found = _find(image_HWC, how)
         if found is None and no_subject == "fail":
             looked_for = "face or person" if how == "auto" else how
-            raise MediaError(f"no {looked_for} in the picture", code="no_subject")
+            raise MediaError(
+                f"no {looked_for} in the picture",
+                code="no_subject",
+                hint="output.no_subject = 'centre' takes the centre instead",
+            )
         if found is not None:
             return _large_enough(_about(found, frame_px, increase), min_side_px)
     return _large_enough(_square(wanted or (0, 0, *frame_px), frame_px), min_side_px)
@@ -130,17 +134,17 @@ def driving_crop(path: Path, rule: str, settings: Output, limits: MediaLimits) -
 
 
 @functools.lru_cache(maxsize=16)
-def finder(rule: str) -> list[str]:
+def finder(rule: str) -> tuple[str, ...]:
     """Which detectors a rule asks, by name and version: they shape what is made.
 
     Raises:
         ConfigError: one cannot be had here.
     """
     if rule == "centre" or parse_box(rule) is not None:
-        return []
+        return ()
     require_detector(rule)  # type: ignore[arg-type]
     kinds: tuple[Kind, ...] = ("face", "person") if rule == "auto" else (rule,)  # type: ignore[assignment]
-    return [f"{detector_of(kind).name} {detector_of(kind).version}" for kind in kinds]
+    return tuple(f"{detector_of(kind).name} {detector_of(kind).version}" for kind in kinds)
 
 
 def cut(image_HWC: Frame, box_px: Box) -> Frame:

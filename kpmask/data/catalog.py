@@ -38,6 +38,7 @@ from kpmask.records import (
     Failure,
     Motion,
     OutputFormat,
+    digest,
     parse_box,
 )
 
@@ -231,8 +232,9 @@ def _parsed(line: int, cells: Cells, base: str, defaults: RowDefaults) -> Catalo
     motion = _motion(cells.get("motion"), defaults.motion)
     relative = motion == "relative"
     given_name = str(cells.get("name") or "")
-    if given_name and not clean_name(given_name):
-        raise RowError(f"nothing of the name {given_name!r} can be used")
+    name = _told_apart(given_name)
+    if given_name and not name:
+        raise RowError(f"nothing of the name {given_name[:MAX_NAME_LENGTH]!r} can be used")
     adapt_scale = _flag("adapt_scale", cells.get("adapt_scale"))
     best_frame = _flag("best_frame", cells.get("best_frame"))
     if not relative and (adapt_scale or best_frame):
@@ -243,13 +245,14 @@ def _parsed(line: int, cells: Cells, base: str, defaults: RowDefaults) -> Catalo
         raise RowError(f"audio: a {delivery.format} has no sound")
     return CatalogRow(
         line=line,
-        name=clean_name(given_name),
+        name=name,
         source=_reference("source", cells, base),
         driving=_reference("driving", cells, base),
         motion=motion,
         # The job's own wishes are for its relative rows; they mean nothing to the others.
         adapt_scale=relative and (defaults.adapt_scale if adapt_scale is None else adapt_scale),
         best_frame=relative and (defaults.best_frame if best_frame is None else best_frame),
+        # So is its wish for sound: for the rows whose file can have it.
         audio=(defaults.audio if audio is None else audio) and delivery.format not in SOUNDLESS,
         **delivery.delivery(),
     )
@@ -304,6 +307,15 @@ def _fps(value: Any) -> float | None:  # noqa: ANN401 - a table's cell
     if not FPS_RANGE[0] <= fps <= FPS_RANGE[1]:  # false for NaN, too
         raise RowError(f"fps must be {FPS_RANGE[0]:g} to {FPS_RANGE[1]:g}, not {value!r}")
     return fps
+
+
+def _told_apart(given_name: str) -> str:
+    """The name to use; of one that is too long, its beginning and a digest of all of it."""
+    given_name = unicodedata.normalize("NFC", given_name.strip())
+    name = clean_name(given_name)
+    if len(given_name) <= MAX_NAME_LENGTH or len(name) < MAX_NAME_LENGTH:
+        return name
+    return f"{name[: MAX_NAME_LENGTH - 9]}-{digest(given_name)[:8]}"
 
 
 def _reference(column: str, cells: Cells, base: str) -> str:

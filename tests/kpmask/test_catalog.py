@@ -259,6 +259,11 @@ def test_names_of_strangers(tmp_path: Path, name: str, expected: str) -> None:
     text = f"source,driving,name\na.jpg,b.mp4,{name}\n"
     rows, _ = read_catalog(write(tmp_path / "c.csv", text), RowDefaults())
     assert [row.name for row in rows] == [expected]
+    long = "n" * 300
+    text = f"source,driving,name\na.jpg,b.mp4,{long}1\na.jpg,b.mp4,{long}2\na.jpg,b.mp4,{long}1\n"
+    rows, failures = read_catalog(write(tmp_path / "l.csv", text), RowDefaults())
+    assert [len(row.name) for row in rows] == [100, 100]
+    assert codes(failures) == {"line 4": "duplicate_name"}
     made = "f" * 300
     text = f"source,driving\n{made}.jpg,b.mp4\n{made}2.jpg,b.mp4\n"
     rows, failures = read_catalog(write(tmp_path / "d.csv", text), RowDefaults())

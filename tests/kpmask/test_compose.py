@@ -306,8 +306,9 @@ def test_rules_and_boxes() -> None:
             Output.model_validate({field: value})
     with pytest.raises(ValueError, match="at most 50"):
         Output(format="gif", fps=60)
-    assert compose.finder("centre") == compose.finder("1-2-30-40") == []
-    assert compose.finder("motion") == [f"{name_of('motion')}"]
+    assert compose.finder("centre") == compose.finder("1-2-30-40") == ()
+    assert compose.finder("motion") == (name_of("motion"),)
+    assert compose.finder("person") == (name_of("person"),)
 
 
 def name_of(kind: Any) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from kpmask import Animator, checkpoint
 from kpmask.compose import paste
@@ -129,6 +130,37 @@ def test_the_crop_is_animated_and_pasted_back(media: Path, tmp_path: Path) -> No
         np.testing.assert_array_equal(frame, paste(source, patch, BOX, 4))
         inside = images.resize(patch, (43, 43))
         np.testing.assert_array_equal(frame[17:52, 25:60], inside[4:-4, 4:-4])
+
+
+@pytest.mark.parametrize("kind", ["exif", "cmyk", "gray16", "webp", "apng"])
+def test_pictures_of_every_kind_are_pasted_into(kind: str, media: Path, tmp_path: Path) -> None:
+    """Crops count in the picture as displayed, and what is outside is as it was read."""
+    picture = Image.open(media / "face.png").convert("RGB")
+    path = tmp_path / "p.png"
+    if kind == "exif":
+        exif = picture.getexif()
+        exif[0x0112] = 6  # shown a quarter turned: 71x91
+        picture.save(path, "JPEG", exif=exif)
+    elif kind == "cmyk":
+        picture.convert("CMYK").save(path, "JPEG")
+    elif kind == "gray16":
+        Image.fromarray(np.arange(71 * 91, dtype=np.uint16).reshape(71, 91) * 9).save(path, "PNG")
+    else:
+        more: dict[str, Any] = {"save_all": True, "append_images": [picture.rotate(180)]}
+        picture.save(path, "WEBP" if kind == "webp" else "PNG", **more)
+    source = images.read_image(path, LIMITS)
+    assert source.shape[:2] == ((91, 71) if kind == "exif" else (71, 91))
+    out = tmp_path / "a.zip"
+    wanted = Output(crop="9-31-49-71", paste_back=True, fps=25)
+    driving = str(media / "fast.mp4")
+    animate_pair(job_of(media, out, source=str(path), driving=driving, output=wanted))
+    outside = np.ones(source.shape[:2], bool)
+    outside[31:71, 9:49] = False
+    frames = list(pictures(out))
+    assert len(frames) == 3
+    for frame in frames:
+        np.testing.assert_array_equal(frame[outside], source[outside])
+        assert (frame[~outside] != source[~outside]).any()
 
 
 def test_without_pasting_the_crop_is_the_result(media: Path, tmp_path: Path) -> None:
