@@ -11,7 +11,8 @@
     DatasetSummary   what it needs, gathered from records that come one by one
     preview_strip    the picture of a clip on it; contact_sheet: of many clips in one
     run_page         loss curve, phases, samples, settings
-    gallery_page     source, driving and result side by side, playing
+    gallery_page     thousands of animations: search, order, groups, each beside its inputs
+    poster           the still picture of one
     evaluation_page  methods x metrics, plots, scores of each video
     comparison_page  systems x metrics, margins, ablations, curves, strips
     demo_page        the four parts on one front page

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from kpmask.errors import StorageError
-from kpmask.records import ClipRecord, DatasetChanges, DatasetManifest, Failure, digest
-from kpmask.report import preview_key, preview_strip
+from kpmask.records import (
+    AnimationRecord,
+    CatalogManifest,
+    ClipRecord,
+    DatasetChanges,
+    DatasetManifest,
+    Failure,
+    digest,
+)
+from kpmask.report import poster, poster_key, preview_key, preview_strip
 from tasks.manifest import write_json, write_table
 from tasks.report import rebuild_page
 from tasks.storage import ObjectStore, open_store
@@ -71,6 +80,29 @@ def test_a_dataset_without_a_table_of_failures(store: ObjectStore) -> None:
     store.delete("failures.parquet")
     rebuild_page(store.uri)
     assert "Everything that was asked for was done." in store.get("index.html").decode()
+
+
+@pytest.mark.parametrize("with_posters", [False, True])
+def test_a_catalog_has_its_page_again(tmp_path: Path, with_posters: bool) -> None:
+    store = open_store(str(tmp_path / "made"))
+    ids = [digest(index)[:32] for index in range(30)]
+    records = [
+        AnimationRecord(i, f"item {n}", "a.png", "b.mp4", digest("a"), digest("b"), "relative",
+                        f"{i}.mp4", 10, 0, 25.0, 64, 64, 1000, digest([i]))
+        for n, i in enumerate(ids)
+    ]  # fmt: skip
+    write_table(store, "manifest.parquet", records, AnimationRecord)
+    write_json(store, "summary.json", CatalogManifest(store.uri, "s", "w", 30, 300, 0))
+    if with_posters:
+        store.put(poster_key(ids[0]), poster(np.zeros((8, 8, 3), np.uint8)))
+    rebuild_page(store.uri)
+    page = Page(store.get("index.html").decode())
+    data = json.loads(page.data["gallery-data"])
+    items = [dict(zip(data["columns"], row, strict=False)) for row in data["items"]]
+    assert {item["result"] for item in items} == {f"{i}.mp4" for i in ids}
+    assert {bool(item["poster"]) for item in items} == {with_posters}
+    assert [source[1] for source in data["sources"]] == ["a.png"]
+    assert "Everything that was asked for was done." in page.text  # there is no table of failures
 
 
 def test_nothing_is_here(tmp_path: Path) -> None:
