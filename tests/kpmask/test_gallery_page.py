@@ -718,6 +718,54 @@ def test_a_link_opens_an_item(browser: Chromium, page: Path) -> None:
 
 
 @pytest.mark.browser
+def test_a_poster_that_is_gone_is_made_up_for(browser: Chromium, files: Path) -> None:
+    html = page_of(
+        RECORDS[:1], media=lambda r: GalleryMedia("", "", "clips/0.mp4", "posters/1.jpg")
+    )
+    (files / "gone.html").write_text(html, encoding="utf-8")
+    browser.open(files / "gone.html")
+    at_wall(browser)
+    browser.wait_for("document.querySelector('.tile .view.has canvas')")
+    assert browser.evaluate("document.querySelectorAll('.tile img').length") == 0
+
+
+@pytest.mark.browser
+def test_odd_catalogs_have_a_page_too(browser: Chromium, files: Path) -> None:
+    def show(html: str) -> None:
+        (files / "odd.html").write_text(html, encoding="utf-8")
+        browser.open(files / "odd.html")
+
+    show(page_of([], [failure(0)]))
+    find(browser, "cause 0")
+    assert browser.evaluate("document.querySelector('[data-also]').textContent") == " · 1 failure"
+    browser.press("/")
+    browser.press("ArrowDown")
+    for view in ("matrix", "list", "cards"):
+        choose(browser, "[data-view]", view)
+    assert browser.complaints == []
+    # What no browser plays can be looked up and fetched all the same.
+    record = animation(0, key="a #1.zip", fps=0.0, num_frames=0, name="only")
+    show(page_of([record]))
+    browser.evaluate("document.querySelector('.tile').click()")
+    links = browser.evaluate("[...document.querySelectorAll('[data-files] a')].map((a) => a.href)")
+    assert [url.rpartition("/")[2] for url in links] == ["a%20%231.zip"]
+    assert browser.evaluate("document.querySelectorAll('dialog .lack').length") == 3
+    assert browser.complaints == []
+    # More images than a list to choose from holds, each in a group of its own.
+    records = [animation(i, source=f"in/{i}.png", source_sha256=sha(f"{i}")) for i in range(700)]
+    show(page_of(records, media=lambda r: GalleryMedia("source.jpg", "", "", "posters/0.jpg")))
+    assert browser.evaluate("document.querySelector('[data-only=source]').parentElement.hidden")
+    choose(browser, "[data-group]", "source")
+    assert browser.evaluate("document.querySelectorAll('.heading').length") < 20
+    browser.evaluate("document.querySelectorAll('.heading button')[2].click()")
+    assert browser.evaluate(NAMES) == [records[2].name]
+    choose(browser, "[data-view]", "matrix")
+    browser.evaluate("document.querySelector('[data-reset]').click()")
+    assert browser.evaluate(f"{TILES}.length") < 120
+    assert browser.complaints == []
+
+
+@pytest.mark.browser
 def test_a_print_has_pictures_and_no_controls(browser: Chromium, page: Path) -> None:
     browser.open(page)
     browser.call("Emulation.setEmulatedMedia", media="print")
