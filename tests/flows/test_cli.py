@@ -57,6 +57,7 @@ COMMANDS = (
     ["evaluate"],
     ["compare"],
     ["report"],
+    ["inspect"],
     ["dataset", "info"],
     ["dataset", "verify"],
     ["dataset", "export"],

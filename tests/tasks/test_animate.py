@@ -6,23 +6,26 @@ import csv
 import dataclasses
 import itertools
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import av
 import imageio_ffmpeg
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from kpmask import Animator, checkpoint
-from kpmask.config import AnimateJob, Cluster, MediaLimits
+from kpmask import Animator, checkpoint, provenance
+from kpmask.config import AnimateJob, Cluster, Credentials, MediaLimits, Output
 from kpmask.errors import ConfigError, MediaError, RunFailed, StorageError
 from kpmask.media import decode, images
 from kpmask.media.encode import encode
@@ -31,9 +34,11 @@ from kpmask.model_config import Hourglass, KeypointDetector, KeypointMaskModel, 
 from kpmask.models import build_system
 from kpmask.records import AnimationRecord, Failure, Progress, from_table
 from tasks.animate import animate_catalog, animate_pair, plan
-from tasks.catalog import matching, plan_catalog
+from tasks.catalog import content_digest, matching, plan_catalog
 from tasks.render import FeatureItem, FeatureWorker, RenderItem, RenderWorker, WorkerSettings
 from tasks.storage import ObjectStore, open_store
+from tests.support import signers
+from tests.support.inline import run_inline
 
 SIDE_PX = 32
 LIMITS = MediaLimits(min_side_px=16)
@@ -135,6 +140,12 @@ def failed(out: Path) -> dict[str, Failure]:
     return {f.item: f for f in from_table(pq.read_table(out / "failures.parquet"), Failure)}
 
 
+def packets(path: Path) -> list[tuple[int | None, bytes]]:
+    """A video without what surrounds it: two signatures of it differ."""
+    with av.open(str(path)) as file:
+        return [(p.pts, bytes(p)) for p in file.demux(video=0) if p.size]
+
+
 def square_frames(path: Path) -> np.ndarray:
     """What the animator should see of a driving video."""
     found = probe(path, LIMITS)
@@ -204,7 +215,7 @@ def test_videos_are_those_of_the_animator(finished: Any, media: Path, tmp_path: 
         expected = encode(tmp_path / "e.mp4", frames, fps=probe(media / driving, LIMITS).fps)
         record = records[name]
         assert record.sha256 == expected.sha256, name
-        assert (out / record.key).read_bytes() == (tmp_path / "e.mp4").read_bytes()
+        assert packets(out / record.key) == packets(tmp_path / "e.mp4")
         assert (record.fps, record.num_frames) == (expected.fps, len(frames))
 
 
@@ -248,12 +259,16 @@ def test_a_rerun_makes_what_is_lost_and_nothing_else(finished: Any) -> None:
     job, out, manifest, _ = finished
     before = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
     lost = by_name(out)["plain"].key
+    video = packets(out / lost)
     (out / lost).unlink()
     stamps = {p: p.stat().st_mtime_ns for p in out.glob("*.mp4")}
     seen: list[Progress] = []
     assert animate_catalog(job, on_progress=seen.append) == manifest
     assert [(p.stage, p.total) for p in seen if p.stage == "render"] == [("render", 1)]
-    assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
+    after = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
+    assert len(after[lost]) == len(before[lost])
+    assert {**after, lost: b""} == {**before, lost: b""}
+    assert packets(out / lost) == video
     assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
 
 
@@ -323,6 +338,128 @@ def test_a_killed_run_ends_in_the_same_bytes(finished: Any, tmp_path: Path) -> N
     assert files(out) == files(undisturbed)
 
 
+# --- credentials -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def inline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catalogs in this process."""
+    monkeypatch.setattr("tasks.animate.run_items", run_inline)
+    monkeypatch.setattr("tasks.animate.ray_session", nullcontext)
+
+
+def test_every_result_says_how_it_was_made(finished: Any, media: Path) -> None:
+    _, out, manifest, _ = finished
+    for name, record in by_name(out).items():
+        found = provenance.read_credentials(out / record.key)
+        assert found is not None, name
+        assert (found.state, found.problems) == ("valid", ("signingCredential.untrusted",))
+        assert record.credentials == found.signer == "kpmask development, not trusted"
+        assert dict(found.ingredients) == {
+            "model": f"sha256:{manifest.weights_sha256}",
+            "source image": f"sha256:{record.source_sha256}",
+            "driving video": f"sha256:{record.driving_sha256}",
+        }
+        # The driving video's own sound is no model's work.
+        assert found.source_type.startswith("composite") == (name == "loud")
+
+
+def test_without_credentials_it_is_said_and_another_result(
+    media: Path, tmp_path: Path, inline: None
+) -> None:
+    grid = {"sources": f"{media}/face0.png", "drivings": f"{media}/jump.mp4"}
+    plain = job_of(media, tmp_path, **grid, credentials=Credentials(enabled=False))
+    animate_catalog(plain)
+    (unsigned,) = by_name(tmp_path).values()
+    assert unsigned.credentials == "none"
+    assert provenance.read_credentials(tmp_path / unsigned.key) is None
+    assert unsigned.sha256 == content_digest(tmp_path / unsigned.key)
+
+    job = job_of(media, tmp_path, **grid)
+    animate_catalog(job)
+    (signed,) = by_name(tmp_path).values()
+    assert signed.item_id != unsigned.item_id, "what is not labelled is not taken for what is"
+    assert signed.sha256 == unsigned.sha256
+    assert packets(tmp_path / signed.key) == packets(tmp_path / unsigned.key)
+    stamp = (tmp_path / signed.key).stat().st_mtime_ns
+    animate_catalog(job)
+    assert (tmp_path / signed.key).stat().st_mtime_ns == stamp, "signed once"
+
+
+def test_a_pair_without_credentials(media: Path, tmp_path: Path) -> None:
+    pair = {"source": str(media / "face0.png"), "driving": str(media / "jump.mp4")}
+    out = tmp_path / "a.mp4"
+    video = animate_pair(job_of(media, out, **pair, credentials=Credentials(enabled=False)))
+    assert (video.credentials, video.sha256) == ("none", content_digest(out))
+    assert provenance.read_credentials(out) is None
+
+
+def test_somebodys_own_certificate(media: Path, tmp_path: Path) -> None:
+    chain, key = signers.write_pair(tmp_path / "s", signers.Authority())
+    own = Credentials(certificate=chain, private_key=key)
+    pair = {"source": str(media / "face0.png"), "driving": str(media / "jump.mp4")}
+    assert animate_pair(job_of(media, tmp_path / "a.mp4", **pair, credentials=own)).credentials == (
+        "Studio Signer"
+    )
+    grid = {"sources": f"{media}/face0.png", "drivings": f"{media}/jump.mp4"}
+    ids = {
+        plan_catalog(job_of(media, tmp_path, **grid, credentials=given)).items[0].item_id
+        for given in (own, own, Credentials(), Credentials(enabled=False))
+    }
+    assert len(ids) == 3
+    settings = WorkerSettings.of(job_of(media, tmp_path, **pair, credentials=own))
+    assert "PRIVATE" in str(pickle.dumps(settings))
+    assert "PRIVATE" not in repr(settings)
+
+
+@pytest.mark.parametrize("issued", [{"days": (-10, -1)}, {"purpose": signers.SERVERS}])
+def test_a_certificate_that_cannot_sign_is_refused_before_anything_is_read(
+    media: Path, tmp_path: Path, issued: dict[str, Any]
+) -> None:
+    chain, key = signers.write_pair(tmp_path / "s", signers.Authority(), **issued)
+    own: dict[str, Any] = {"credentials": Credentials(certificate=chain, private_key=key)}
+    pair = {"source": str(media / "absent.png"), "driving": str(media / "jump.mp4")}
+    grid = {"sources": f"{media}/face0.png", "drivings": f"{media}/jump.mp4"}
+    for make in (animate_catalog, plan):
+        with pytest.raises(ConfigError) as caught:
+            make(job_of(media, tmp_path / "out", **grid, **own))
+        assert caught.value.subject == "credentials.certificate"
+    with pytest.raises(ConfigError, match="Studio Signer"):
+        animate_pair(job_of(media, tmp_path / "out" / "a.mp4", **pair, **own))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_signed_is_not_published(
+    media: Path, tmp_path: Path, inline: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = {"source": str(media / "face0.png"), "driving": str(media / "jump.mp4")}
+    monkeypatch.setattr(provenance, "_format", lambda path: "png")  # it is none
+    with pytest.raises(MediaError) as caught:
+        animate_pair(job_of(media, tmp_path / "out.mp4", **pair))
+    assert caught.value.code == "signing_failed"
+    assert "--no-credentials" in caught.value.cause
+    assert list(tmp_path.iterdir()) == []
+
+    grid = {"sources": f"{media}/face*.png", "drivings": f"{media}/jump.mp4"}
+    animate_catalog(job_of(media, tmp_path, **grid, max_failed_fraction=1.0))
+    assert by_name(tmp_path) == {}
+    assert [failure.code for failure in failed(tmp_path).values()] == ["signing_failed"] * 2
+    assert not list(tmp_path.glob("*.mp4"))
+
+
+def test_a_webm_has_its_credentials_beside_it(media: Path, tmp_path: Path, inline: None) -> None:
+    grid = {"sources": f"{media}/face0.png", "drivings": f"{media}/jump.mp4"}
+    job = job_of(media, tmp_path, **grid, output=Output(format="webm"))
+    animate_catalog(job)
+    (record,) = by_name(tmp_path).values()
+    found = provenance.read_credentials(tmp_path / record.key)
+    assert found is not None
+    assert (found.state, found.sidecar, record.credentials) == ("valid", True, found.signer)
+    (tmp_path / record.key).with_suffix(".c2pa").unlink()
+    animate_catalog(job)
+    assert provenance.read_credentials(tmp_path / record.key) is not None, "a lost one is made"
+
+
 # --- object storage --------------------------------------------------------------------------
 
 
@@ -351,8 +488,11 @@ def test_all_of_it_in_object_storage(
 
     here = tmp_path / "here"
     animate_catalog(job_of(media, here, **wanted))
-    for name in ("manifest.parquet", "failures.parquet", *(r.key for r in records.values())):
+    for name in ("manifest.parquet", "failures.parquet"):
         assert out.get(name) == (here / name).read_bytes()
+    for record in records.values():
+        stored = tmp_path_of(out, record.key) / record.key
+        assert packets(stored) == packets(here / record.key)
 
     assert matching(f"{s3}/in/a/face*.png", folders=False) == [
         f"{s3}/in/a/face0.png",
@@ -364,7 +504,11 @@ def test_all_of_it_in_object_storage(
 
     pair = {"source": f"{s3}/in/a/face0.png", "driving": f"{s3}/in/a/jump.mp4"}
     animate_pair(job_of(media, f"{s3}/pair.mp4", **pair))
-    assert open_store(s3).get("pair.mp4") == out.get(records["a"].key)
+    pair_file = tmp_path_of(open_store(s3), "pair.mp4") / "pair.mp4"
+    assert packets(pair_file) == packets(here / records["a"].key)
+    found = provenance.read_credentials(pair_file)
+    assert found == provenance.read_credentials(here / records["a"].key)
+    assert found is not None
 
 
 def tmp_path_of(store: ObjectStore, key: str) -> Path:
@@ -588,8 +732,10 @@ def test_a_pair_is_the_animators_video(media: Path, tmp_path: Path) -> None:
     image = images.read_image(media / "face1.png", LIMITS)
     frames = animator.animate(image, square_frames(media / "walk.mp4"), batch_size=4)
     expected = encode(tmp_path / "e.mp4", frames, fps=12.5)
-    assert video == expected
-    assert out.read_bytes() == (tmp_path / "e.mp4").read_bytes()
+    assert video == dataclasses.replace(
+        expected, size_bytes=out.stat().st_size, credentials="kpmask development, not trusted"
+    )
+    assert packets(out) == packets(tmp_path / "e.mp4")
     assert seen[-1] == Progress("animate", 21, 21)
 
 
