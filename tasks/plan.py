@@ -207,6 +207,7 @@ def _list_videos_into(book: Workbook, job: PreprocessJob) -> ObjectStore:
     """Make an item of each video of a folder, a pattern or a prefix."""
     assert job.videos is not None
     raw, infos, empty = list_videos(job.videos)
+    infos, empty = _without_own(raw, infos, empty, job)
     suffixes = ROBONET_SUFFIXES if job.source_kind == "robonet" else None
     sources = find_sources(infos, empty_folders=empty, suffixes=suffixes)
     if not sources:
@@ -230,6 +231,25 @@ def _list_videos_into(book: Workbook, job: PreprocessJob) -> ObjectStore:
         files = [infos[key] for key in source.files]
         book.add_item(source.name, row, files, is_folder=source.is_folder)
     return raw
+
+
+def _without_own(
+    raw: ObjectStore, infos: dict[str, ObjectInfo], empty: list[str], job: PreprocessJob
+) -> tuple[dict[str, ObjectInfo], list[str]]:
+    """Less what lies in the dataset, whose previews and folders are pictures, too."""
+    out = open_store(job.out).uri
+    if out == raw.uri:
+        raise ConfigError(
+            "the dataset and its videos are in one folder", subject=job.out, hint="choose another"
+        )
+    if not out.startswith(f"{raw.uri}/"):
+        return infos, empty
+    own = out.removeprefix(f"{raw.uri}/")
+
+    def is_own(key: str) -> bool:
+        return f"{key}/".startswith(f"{own}/")
+
+    return {k: v for k, v in infos.items() if not is_own(k)}, [k for k in empty if not is_own(k)]
 
 
 def _video_rows(sources: Sequence[MediaSource], job: PreprocessJob) -> dict[str, SourceRow]:

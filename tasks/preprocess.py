@@ -364,6 +364,7 @@ class _Run:
             as_folders=self._job.storage.layout == "folders",
         )
         book.index_clips()
+        book.refuse_names()
         if self._job.quality.duplicates == "drop":
             self._mark_repeats()
 

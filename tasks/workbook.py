@@ -419,6 +419,24 @@ class Workbook:
         """Prepare for reading clips in order."""
         self._db.execute("CREATE INDEX IF NOT EXISTS clip_order ON clip (part, name)")
 
+    def refuse_names(self) -> None:
+        """Refuse clips whose name another one has: a piece of a long row, say, and a short row. The
+        first one stays, by split and video.
+        """
+        found = self._db.execute(
+            "SELECT name, video, clip_id FROM clip WHERE name IN"
+            " (SELECT name FROM clip GROUP BY name HAVING COUNT(*) > 1)"
+            " ORDER BY name, part, video, clip_id"
+        ).fetchall()
+        for name, same in itertools.groupby(found, key=operator.itemgetter(0)):
+            first, *others = (video for _, video, _ in same)
+            causes = [f"of {video}; {first} has a clip of this name" for video in others]
+            errors = [RowError(cause, code="duplicate_name") for cause in causes]
+            self.add_failures([failure_of(name, "plan", error) for error in errors])
+        firsts = {name: clip_id for name, _, clip_id in reversed(found)}
+        others = [(c,) for name, _, c in found if firsts[name] != c]
+        self._many("DELETE FROM clip WHERE clip_id = ?", others)
+
     def mark_repeats(self) -> None:
         """Mark clips whose frames are exactly those of one before; tests come first."""
         self._db.execute("CREATE INDEX IF NOT EXISTS clip_sha ON clip (sha256, part, name)")

@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 
 from kpmask.config import PreprocessJob
-from kpmask.errors import DatasetError, StorageError
+from kpmask.errors import ConfigError, DatasetError, StorageError
 from kpmask.media.encode import encode
 from kpmask.media.images import encode_png
 from kpmask.records import DatasetChanges
@@ -251,6 +251,41 @@ def test_raw_videos_may_go_once_they_are_cut(raw: Path, tmp_path: Path, cuts: li
     taken(cuts)
     assert run(job(out, metadata=table, raw=raw)).version == 1
     assert (cuts, tree_of(out)) == ([], before)
+
+
+def test_a_dataset_among_its_videos_is_none_of_them(
+    films: Path, tmp_path: Path, cuts: list[str]
+) -> None:
+    """Previews and clips of the layout of folders are pictures, too."""
+    for layout in ("shards", "folders"):
+        videos = tmp_path / layout
+        shutil.copytree(films, videos)
+        one = job(videos / "out", videos=videos, storage={"layout": layout})
+        first = run(one)
+        assert taken(cuts) == ["aaa", "bbb", "ccc", "ddd"]
+        assert (run(one).clips_added, first.version, cuts) == (0, 1, [])
+        assert len(names_of(videos / "out")) == 4
+        with pytest.raises(ConfigError, match="in one folder"):
+            run(job(videos, videos=videos))
+
+
+def test_clips_of_one_name_are_one_and_a_failure(raw: Path, tmp_path: Path, inline: None) -> None:
+    """A piece of a long row may have the name of a short one; a video that of another's piece."""
+    long, short = line("aaa", 0, 48, "train", "p1"), "aaa,0,24,0-0-64-64,24,96,64,train,p1"
+    out, table = tmp_path / "out", write_table(tmp_path / "t.csv", [long, short, LINES[2]])
+    for layout in ("shards", "folders"):
+        storage = {"layout": layout}
+        preprocess(job(out, metadata=table, raw=raw, clips={"max_frames": 24}, storage=storage))
+        assert names_of(out) == [A1, A2, "p2#bbb#000008#000024", "p2#bbb#000024#000040"]
+        assert codes_of(out) == {A1: "duplicate_name"}
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    shutil.copy(raw / "aaa.mp4", videos / "v.mp4")
+    shutil.copy(raw / "bbb.mp4", videos / "v#000000#000024.mp4")
+    clips = {"max_frames": 24, "test_identities": ["nobody"]}
+    preprocess(job(tmp_path / "own", videos=videos, clips=clips))
+    names = names_of(tmp_path / "own")
+    assert len(names) == len(set(names)) == 4
 
 
 # --- what repeats ----------------------------------------------------------------------------
