@@ -48,6 +48,7 @@ FRAMES_PER_PART: Final = 256
 FEATURES: Final = "features"
 PREVIEW_CRF: Final = 26
 PREVIEW_PX: Final = 512  # of a result that browsers do not play as it is
+OF_ANY_SIZE: Final = MediaLimits(min_side_px=1, max_side_px=65535)  # what was written here
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,7 +314,7 @@ class RenderWorker:
     ) -> None:
         """What the gallery shows of a result, out of the result."""
         if item.format == "gif":
-            shown: Iterator[Frame] = (f.rgb_HWC for f in decode.frames(path, MediaLimits()))
+            shown: Iterator[Frame] = (f.rgb_HWC for f in decode.frames(path, OF_ANY_SIZE))
         else:
             shown = formats.pictures(path)
         small = path.with_name("preview.mp4")
