@@ -37,6 +37,7 @@ from tests.support.factory import (
     tree_of,
     write_table,
 )
+from tests.support.inline import inline_stages
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,12 @@ NAMES = [
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
     return write_table(tmp_path / "table.csv", LINES)
+
+
+@pytest.fixture
+def inline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stages in this process: for what does not depend on there being others."""
+    inline_stages(monkeypatch)
 
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -163,6 +170,7 @@ def test_same_input_gives_the_same_bytes_anywhere(
 # --- incremental -----------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("inline")
 def test_more_rows_cut_only_their_videos(
     raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +194,7 @@ def test_more_rows_cut_only_their_videos(
     assert len(open_dataset(str(out)).records) == 3
 
 
+@pytest.mark.usefixtures("inline")
 def test_missing_video_is_had_as_soon_as_it_is_there(
     raw: Path, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,6 +211,7 @@ def test_missing_video_is_had_as_soon_as_it_is_there(
     assert cut == ["bbb"]
 
 
+@pytest.mark.usefixtures("inline")
 def test_changed_video_is_cut_again(
     raw: Path, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,6 +279,7 @@ def test_two_runs_at_once(raw: Path, table: Path, tmp_path: Path) -> None:
         open_dataset(one.out).read(clip, [0])
 
 
+@pytest.mark.usefixtures("inline")
 def test_what_somebody_removed_is_made_again(
     raw: Path, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,6 +305,7 @@ def test_what_somebody_removed_is_made_again(
 # --- bad input -------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("inline")
 def test_bad_rows_are_failures_and_the_rest_is_made(raw: Path, tmp_path: Path) -> None:
     bad = [
         line("aaa", 30, 10, "train", "p1"),
@@ -314,6 +326,7 @@ def test_bad_rows_are_failures_and_the_rest_is_made(raw: Path, tmp_path: Path) -
     assert (manifest.num_train, manifest.num_test, manifest.num_failures) == (3, 2, 5)
 
 
+@pytest.mark.usefixtures("inline")
 def test_too_many_failures_end_the_run_and_keep_what_is_done(
     raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -330,6 +343,7 @@ def test_too_many_failures_end_the_run_and_keep_what_is_done(
     assert (manifest.num_train, manifest.num_failures) == (1, 2)
 
 
+@pytest.mark.usefixtures("inline")
 def test_no_clip_at_all_fails_whatever_is_allowed(raw: Path, tmp_path: Path) -> None:
     metadata = write_table(tmp_path / "table.csv", [line("gone", 0, 10, "train", "p")])
     with pytest.raises(RunFailed, match="not one clip") as failed:
@@ -360,6 +374,7 @@ def test_dry_run_writes_nothing(raw: Path, table: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("inline")
 def test_video_that_goes_away_while_we_work(
     raw: Path, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -378,6 +393,7 @@ def test_video_that_goes_away_while_we_work(
     assert codes_of(tmp_path / "out") == {"p2#bbb#000008#000040": "missing_raw"}
 
 
+@pytest.mark.usefixtures("inline")
 def test_full_disk_ends_the_run(raw: Path, table: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -389,6 +405,7 @@ def test_full_disk_ends_the_run(raw: Path, table: Path, tmp_path: Path) -> None:
 # --- videos without a table ------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("inline")
 def test_folder_of_videos_of_every_kind(raw: Path, tmp_path: Path) -> None:
     from PIL import Image
 
@@ -425,6 +442,7 @@ def test_folder_of_videos_of_every_kind(raw: Path, tmp_path: Path) -> None:
     assert (out / "manifest.parquet").read_bytes() == (again / "manifest.parquet").read_bytes()
 
 
+@pytest.mark.usefixtures("inline")
 def test_folders_of_the_original_code_go_out_and_come_back(
     made: tuple[Path, DatasetManifest], raw: Path, table: Path, tmp_path: Path
 ) -> None:
@@ -454,6 +472,7 @@ def test_folders_of_the_original_code_go_out_and_come_back(
         np.testing.assert_array_equal(dataset.read(mine), shards.read(theirs))
 
 
+@pytest.mark.usefixtures("inline")
 def test_folders_are_completed_and_changed_in_place(
     raw: Path, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -473,6 +492,7 @@ def test_folders_are_completed_and_changed_in_place(
     assert not (out / "test").exists()
 
 
+@pytest.mark.usefixtures("inline")
 def test_change_of_layout(raw: Path, table: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     manifests = [
