@@ -48,7 +48,7 @@ FRAMES_PER_PART: Final = 256
 FEATURES: Final = "features"
 PREVIEW_CRF: Final = 26
 PREVIEW_PX: Final = 512  # of a result that browsers do not play as it is
-OF_ANY_SIZE: Final = MediaLimits(min_side_px=1, max_side_px=65535)  # what was written here
+OF_ANY_SIZE: Final = MediaLimits(min_side_px=1, max_side_px=16384)  # what was written here
 
 
 @dataclass(frozen=True, slots=True)
