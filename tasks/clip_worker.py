@@ -10,13 +10,9 @@ processes: a 256 px frame takes 0.2 MB, more than all its coded forms.)
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -42,12 +38,12 @@ from kpmask.records import ClipRecord, Failure, SourceRow, as_dict, digest
 from tasks.cache import user_cache
 from tasks.download import fetch, video_url
 from tasks.plan import ROBONET_SUFFIXES
+from tasks.scratch import scratch_folder, sweep_scratch
 from tasks.storage import ObjectStore, open_store
 from tasks.workbook import NO_STATE, VideoItem, state_of
 
 PARTS: Final = "parts"
 RESULTS: Final = "results"
-_FOLDER: Final = re.compile(r"kpmask-cut-(\d+)-")
 _RESULT: Final = re.compile(r"([0-9a-f]{32})\.([0-9a-f]{16}|none)\.(done|retry)\.json")
 
 
@@ -215,7 +211,7 @@ class ClipCutter:
         self._raw = open_store(raw_uri)
         self._out = open_store(job.out)
         self._work = work
-        _sweep_folders()
+        sweep_scratch("cut")
 
     def process(self, item: VideoItem) -> bool:
         """Cut a video and keep its result; whether all of it could be had.
@@ -223,7 +219,7 @@ class ClipCutter:
         Raises:
             StorageError: the stores do not answer.
         """
-        with _own_folder() as folder:
+        with scratch_folder("cut") as folder:
             try:
                 result = self._cut(item, folder)
             except ItemError as error:
@@ -392,40 +388,6 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# --- folders of our own ----------------------------------------------------------------------
-
-
 def _download_folder(raw: ObjectStore) -> Path:
     """Where downloads into a store are on their way, in this user's cache on this machine."""
     return user_cache().folder.parent / "downloads" / digest(raw.uri)[:16]
-
-
-@contextmanager
-def _own_folder() -> Iterator[Path]:
-    try:
-        folder = tempfile.mkdtemp(prefix=f"kpmask-cut-{os.getpid()}-")
-    except OSError as error:
-        raise storage_error(error, Path(tempfile.gettempdir())) from error
-    try:
-        yield Path(folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sweep_folders() -> None:
-    """Remove what killed workers of this user and machine left."""
-    for folder in Path(tempfile.gettempdir()).glob("kpmask-cut-*"):
-        match = _FOLDER.match(folder.name)
-        with contextlib.suppress(FileNotFoundError):  # another worker sweeps too
-            if match and folder.lstat().st_uid == os.getuid() and not _runs(int(match[1])):
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

@@ -26,12 +26,10 @@ from __future__ import annotations
 
 import itertools
 import logging
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import Final, TypeVar
 
 from kpmask.config import PreprocessJob
@@ -75,6 +73,7 @@ from tasks.manifest import (
 from tasks.plan import planned
 from tasks.publish import Content, ListDigest, complete, publish, published, remove_old
 from tasks.retries import Retries
+from tasks.scratch import scratch_folder, sweep_scratch
 from tasks.shard_worker import (
     Place,
     Placer,
@@ -125,8 +124,8 @@ def preprocess(
         return preprocess_with_changes(job, on_progress=on_progress)[0]
     job, out = _checked(job)
     with (
-        tempfile.TemporaryDirectory(prefix="kpmask-plan-") as folder,
-        planned(job, Path(folder)) as (book, _),
+        scratch_folder("plan") as folder,
+        planned(job, folder) as (book, _),
     ):
         return _planned(job, out, book)
 
@@ -137,9 +136,10 @@ def preprocess_with_changes(
     """`preprocess`, and what it changed; raises the same."""
     report = on_progress or (lambda progress: None)
     job, out = _checked(job)
-    with tempfile.TemporaryDirectory(prefix="kpmask-plan-") as folder:
+    sweep_scratch("plan")
+    with scratch_folder("plan") as folder:
         report(Progress("plan", 0, 1))
-        with planned(job, Path(folder)) as (book, raw):
+        with planned(job, folder) as (book, raw):
             report(Progress("plan", 1, 1))
             with lease(out, LEASE, on_wait=log.warning) as held:
                 return _Run(job, out, raw, book, held, report).run()

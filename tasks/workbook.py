@@ -48,10 +48,10 @@ CREATE TABLE failure (item TEXT, stage TEXT, code TEXT, cause TEXT, data TEXT, p
 _RUN_TABLES: Final = """
 CREATE TABLE earlier (item_id TEXT, state TEXT, retryable INT, place TEXT);
 CREATE INDEX earlier_by_id ON earlier (item_id);
-CREATE TABLE result (item_id TEXT PRIMARY KEY, data TEXT) WITHOUT ROWID;
+CREATE TABLE result (item_id TEXT PRIMARY KEY, data TEXT);
 CREATE TABLE clip (clip_id TEXT PRIMARY KEY, part TEXT, name TEXT, video TEXT, sha256 TEXT,
                    look TEXT, source TEXT, source_row INT, shard TEXT, row INT, twin TEXT,
-                   data TEXT) WITHOUT ROWID;
+                   data TEXT);
 CREATE TABLE before (clip_id TEXT PRIMARY KEY, shard TEXT, row INT, video TEXT) WITHOUT ROWID;
 CREATE TABLE before_failure (item TEXT, code TEXT);
 """
