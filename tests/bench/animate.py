@@ -52,6 +52,7 @@ from kpmask.models.base import AnimationSystem
 from kpmask.optimize.convolve import FusedConv
 
 PLAIN, KEPT, FLOAT32, BFLOAT16 = "plain", "plain, memory kept", "float32", "bfloat16"
+LOOPS = (PLAIN, KEPT, FLOAT32, BFLOAT16)
 MATRIX_SIDE, CONV_CHANNELS, CONV_SIDE_PX = 1536, 256, 64
 Seconds = tuple[float, float]  # of a frame: wall, processor
 
@@ -59,9 +60,7 @@ Seconds = tuple[float, float]  # of a frame: wall, processor
 def main() -> None:
     options = _options()
     with contextlib.ExitStack() as stack:
-        loops = {
-            name: stack.enter_context(_Process(name, options)) for name in _names(options.device)
-        }
+        loops = {name: stack.enter_context(_Process(name, options)) for name in _names(options)}
         results = _compare(loops, options.seconds)
     report = {"machine": _machine(options), "what": _what(options), "loops": results}
     print(_table(report))
@@ -79,13 +78,16 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--threads", type=int, help="of torch; by default its own choice")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--loops", nargs="*", choices=LOOPS, help="by default all that can be")
     parser.add_argument("--json", type=Path, help="where the results go, too")
     return parser.parse_args()
 
 
-def _names(device: str) -> list[str]:
-    names = [PLAIN, KEPT, FLOAT32] if device == "cpu" else [PLAIN, FLOAT32]
-    return [*names, BFLOAT16] if has_bfloat16(torch.device(device).type) else names
+def _names(options: argparse.Namespace) -> list[str]:
+    kind = torch.device(options.device).type
+    there = {KEPT: kind == "cpu", BFLOAT16: has_bfloat16(kind)}
+    chosen = options.loops or [name for name in LOOPS if there.get(name, True)]
+    return [PLAIN, *(name for name in chosen if name != PLAIN)]
 
 
 # --- what is animated ------------------------------------------------------------------------
@@ -102,7 +104,7 @@ def _system(options: argparse.Namespace) -> AnimationSystem[Any, Any]:
     )
     torch.manual_seed(0)
     system = build_system(job.phases[-1].model)
-    _settle(system, to_tensor(_frames(3, system.image_size_px)))
+    _settle(system, to_tensor(_frames(2, system.image_size_px)))
     return system
 
 
@@ -140,6 +142,7 @@ class PlainLoop:
         frames_THWC = _frames(options.frames + 1, self.system.image_size_px)
         self.source_1CHW = to_tensor(frames_THWC[:1], device=self.device)
         self.driving_TCHW = to_tensor(frames_THWC[1:])
+        self.drawn: list[NDArray[np.float32]] = []
 
     @torch.no_grad()
     def draw(self) -> list[NDArray[np.float32]]:
@@ -149,11 +152,12 @@ class PlainLoop:
             source = self.system.encode_source(self.source_1CHW)
             image_BCHW = self.system.render(source, driving).image_BCHW
             predictions.append(image_BCHW.cpu().numpy()[0].transpose(1, 2, 0))
+        self.drawn = predictions
         return predictions
 
     def exact(self) -> NDArray[np.float32]:
         """The frames before rounding, THWC."""
-        return np.stack(self.draw())
+        return np.stack(self.drawn)
 
     def first_seconds(self) -> float:
         """Of what is done once per source: nothing is."""
@@ -189,7 +193,7 @@ class OurLoop:
 
 
 def _flop(loop: PlainLoop | OurLoop, num_frames: int) -> float:
-    """Floating-point operations of a frame."""
+    """Draw once, and count the floating-point operations of a frame."""
     counted = 0
 
     def count(conv: nn.Module, _inputs: Any, output: Tensor) -> None:
@@ -205,7 +209,7 @@ def _flop(loop: PlainLoop | OurLoop, num_frames: int) -> float:
         hook.remove()
     # What torch counts by itself are the convolutions that oneDNN's own functions do not do.
     others = 0 if any(not conv.packed for conv in convs) else counted
-    return (counter.get_total_flops() + others) / num_frames
+    return float(counter.get_total_flops() + others) / num_frames
 
 
 # --- processes -------------------------------------------------------------------------------
@@ -239,14 +243,14 @@ def _serve(line: Connection, name: str, options: argparse.Namespace) -> None:
     if name == KEPT:
         keep_freed_memory()
     loop = PlainLoop(options) if name in {PLAIN, KEPT} else OurLoop(options, precision=name)
-    loop.draw()  # first frames allocate and fill caches
+    flop = _flop(loop, options.frames)  # first frames allocate and fill caches
     dtype = torch.bfloat16 if name == BFLOAT16 else torch.float32
     answers: dict[str, Callable[[], Any]] = {
         "ready": lambda: True,
         "round": lambda: tuple(s / options.frames for s in _seconds(loop.draw)),
         "frames": loop.exact,
         "first": loop.first_seconds,
-        "flop": lambda: _flop(loop, options.frames),
+        "flop": lambda: flop,
         "peak": lambda: _peak(dtype, options.device),
     }
     while True:
@@ -337,7 +341,7 @@ def _machine(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "device": options.device,
         "name": name,
-        "capabilities": [k for k, there in torch.cpu.get_capabilities().items() if there is True],
+        "bfloat16": has_bfloat16(torch.device(options.device).type),
         "threads": options.threads or torch.get_num_threads(),
         "torch": torch.__version__,
     }
