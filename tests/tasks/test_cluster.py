@@ -156,7 +156,7 @@ def test_every_item_has_one_outcome(tmp_path):
     assert [p.done for p in seen] == list(range(1, 202))
     assert {(p.stage, p.total) for p in seen} == {("test", 201)}
     assert seen[-1].message == "1 failed"
-    assert len([*tmp_path.glob("made-*")]) == 2
+    assert 1 <= len([*tmp_path.glob("made-*")]) <= 2  # one alone may do it while the other starts
 
 
 def test_no_items_no_work(tmp_path):
