@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import heapq
@@ -523,9 +524,11 @@ class _Cutter:
     def _spool(self, plan: ClipPlan) -> _Spool:
         path = self._folder / f"{plan.clip_id}.images"
         try:
-            return _Spool(plan, path, self._files.enter_context(path.open("wb")))
+            file = path.open("wb")
         except OSError as error:
             raise storage_error(error, path) from error
+        self._files.callback(_abandon, file)
+        return _Spool(plan, path, file)
 
     def _closed(self, plan: ClipPlan, spool: _Spool | None, *, at_end: bool) -> CutClip | Failure:
         """A finished clip; or a failure, where too few frames came.
@@ -583,6 +586,12 @@ class _Cutter:
                 end_s, _num_frames(probe, self._settings.clips, self._settings.limits) / probe.fps
             )
         return max(0, math.ceil((end_s - last_s) * probe.fps - 1e-4) - 1)
+
+
+def _abandon(file: BinaryIO) -> None:
+    """Close a file that nobody needs; there may be no space for the rest of it."""
+    with contextlib.suppress(OSError):
+        file.close()
 
 
 def _encoded(frame_HWC: np.ndarray, storage: Storage) -> bytes:
