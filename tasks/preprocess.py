@@ -572,10 +572,12 @@ class _Run:
 
     def _tidy(self) -> None:
         """Remove what was needed on the way, now that the manifest is out."""
-        keys = [info.key for info in self._out.list(f"{WORK}/")]
+        keys = iter([info.key for info in self._out.list(f"{WORK}/")])
         with ThreadPoolExecutor(READ_THREADS) as pool:
-            for _ in pool.map(self._out.delete, keys):
-                pass
+            while batch := list(
+                itertools.islice(keys, READ_BATCH)
+            ):  # a pool holds what it is given
+                list(pool.map(self._out.delete, batch))
 
 
 def _repeat(name: str, twin: str, code: str, bits: float) -> Failure:
