@@ -22,7 +22,6 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from kpmask.animate import Frame
 from kpmask.config import Clips, MediaLimits, Output, Subject
 from kpmask.data.crop import Box, contains, square_box, subject_box
 from kpmask.data.detectors import Detection, FloatBox, Kind, area, detector_of, require_detector
@@ -32,6 +31,7 @@ from kpmask.media import images
 from kpmask.media.probe import probe
 from kpmask.records import Delivery, parse_box
 
+Frame = NDArray[np.uint8]  # HWC RGB
 How = Literal["centre", "auto", "face", "person"]
 
 VERSION: Final = 1  # raise it when the same picture and settings give another crop or frame

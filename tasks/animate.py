@@ -42,8 +42,20 @@ from kpmask.records import (
 from kpmask.report import GalleryMedia, gallery_page, poster_key
 from kpmask.report.gallery import POSTERS
 from tasks import storage
-from tasks.catalog import CatalogPlan, content_digest, local_media, plan_catalog
+from tasks.catalog import CatalogPlan, content_digest, plan_catalog
 from tasks.cluster import ray_session, run_items
+from tasks.deliver import (
+    claim_of,
+    credentials_key,
+    delivered,
+    driving_preview,
+    open_driving,
+    publish,
+    result_preview,
+    source_preview,
+    with_sound,
+)
+from tasks.inputs import local_media
 from tasks.manifest import (
     Journal,
     check_failures,
@@ -59,18 +71,9 @@ from tasks.render import (
     RenderItem,
     RenderWorker,
     WorkerSettings,
-    claim_of,
-    credentials_key,
-    delivered,
     driving_place,
-    driving_preview,
-    open_driving,
     part_key,
-    publish,
-    result_preview,
     source_place,
-    source_preview,
-    with_sound,
 )
 from tasks.storage import ObjectStore, absolute
 from tasks.weights import local_weights
@@ -369,6 +372,7 @@ def animate_pair(job: AnimateJob, *, on_progress: OnProgress | None = None) -> E
     settings = WorkerSettings.of(job)
     animator = Animator.load(local_weights(job.checkpoint), device=job.device)
     Transfer(job.motion, job.adapt_scale, job.best_frame).check(animator.system)
+    side_px = animator.image_size_px
     with (
         local_media(absolute(job.source)) as source,
         local_media(absolute(job.driving)) as driving_path,
@@ -376,7 +380,7 @@ def animate_pair(job: AnimateJob, *, on_progress: OnProgress | None = None) -> E
     ):
         image_HWC = images.read_image(source, job.limits)
         crop_px = source_crop(image_HWC, delivery.crop, job.output, job.limits)
-        driving = open_driving(driving_path, settings, animator, delivery)
+        driving = open_driving(driving_path, settings, delivery, side_px=side_px)
         frames = animator.stream(
             cut(image_HWC, crop_px),
             driving,
@@ -386,14 +390,14 @@ def animate_pair(job: AnimateJob, *, on_progress: OnProgress | None = None) -> E
             batch_size=job.batch_size,
         )
         if delivery.paste_back or delivery.side_by_side:
-            frames = delivered(frames, source, driving_path, settings, animator, delivery)
+            frames = delivered(frames, source, driving_path, settings, delivery, side_px=side_px)
         path = Path(folder) / f"result{SUFFIXES[delivery.format]}"
         frames = _counted(frames, driving, on_progress)
         video = formats.write(path, frames, fps=driving.fps, form=delivery.format)
         if job.audio:
             video, path = with_sound(path, driving_path, video, job.limits)
         sha256s = (content_digest(source), content_digest(driving_path))
-        claim = claim_of(animator, sha256s, delivery, video)
+        claim = claim_of(animator.weights_sha256, sha256s, delivery, video)
         video = publish(store, key, path, video, claim, settings.signer)
     if driving.num_frames_lost:
         log.warning("%s is damaged: %d frames lost", job.driving, driving.num_frames_lost)

@@ -13,7 +13,7 @@ import itertools
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Final, Literal
 
 import safetensors.torch
@@ -22,33 +22,39 @@ from safetensors import safe_open
 from kpmask import provenance
 from kpmask.animate import Animator, Frame, Transfer, fit_square, state_tensors
 from kpmask.certificates import Signer
-from kpmask.compose import composed, cut, driving_crop, preview, source_crop
+from kpmask.compose import cut, source_crop
 from kpmask.config import AnimateJob, MediaLimits, Output
-from kpmask.driving import DrivingVideo
-from kpmask.media import decode, ffmpeg, formats, images
+from kpmask.media import formats, images
 from kpmask.media.encode import encode
 from kpmask.models.base import State
-from kpmask.provenance import Claim
 from kpmask.records import (
     SOUNDLESS,
     SUFFIXES,
     AnimationItem,
     AnimationRecord,
     Delivery,
-    EncodedVideo,
     FeatureRecord,
     digest,
 )
 from tasks import storage
-from tasks.catalog import ID_LENGTH, local_media
+from tasks.deliver import (
+    PREVIEW_CRF,
+    claim_of,
+    delivered,
+    driving_preview,
+    open_driving,
+    publish,
+    put_preview,
+    result_key,
+    source_preview,
+    with_sound,
+)
+from tasks.inputs import ID_LENGTH, local_media
 from tasks.storage import ObjectStore, absolute
 from tasks.weights import local_weights, reference
 
 FRAMES_PER_PART: Final = 256
 FEATURES: Final = "features"
-PREVIEW_CRF: Final = 26
-PREVIEW_PX: Final = 512  # of a result that browsers do not play as it is
-OF_ANY_SIZE: Final = MediaLimits(min_side_px=1, max_side_px=16384)  # what was written here
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,22 +139,6 @@ class RenderItem:
     driving: FeatureRecord
 
 
-def source_preview(sha256: str) -> str:
-    """Where the gallery's copy of a source image lies."""
-    return f"media/{sha256[:ID_LENGTH]}.jpg"
-
-
-def driving_preview(sha256: str, view: str = "") -> str:
-    """Where the gallery's copy of a driving video lies, as `view` shows it."""
-    return f"media/{sha256[:ID_LENGTH]}{view}.mp4"
-
-
-def result_preview(record: AnimationRecord) -> str:
-    """Where what the gallery shows of a result lies: the result itself if browsers play it."""
-    plays = record.key.endswith((SUFFIXES["mp4"], SUFFIXES["webm"]))
-    return record.key if plays else f"media/{record.item_id}.mp4"
-
-
 def part_key(feature_id: str, number: int) -> str:
     """Where a part of a stored state lies."""
     return f"{FEATURES}/{feature_id}/part-{number:05d}.safetensors"
@@ -193,7 +183,9 @@ class FeatureWorker:
         )
 
     def _driving(self, item: FeatureItem, path: Path) -> FeatureRecord:
-        driving = open_driving(path, self._settings, self._animator, item.delivery)
+        driving = open_driving(
+            path, self._settings, item.delivery, side_px=self._animator.image_size_px
+        )
         parts = _PartWriter(self._store, item.feature_id)
         with tempfile.TemporaryDirectory(prefix="kpmask-") as folder:
             preview = Path(folder) / "preview.mp4"
@@ -269,7 +261,7 @@ class RenderWorker:
         frames: Iterator[Frame] = self._animator.stream_states(
             self._source(work.source), lambda: self._chunks(work.driving), transfer
         )
-        key = f"{item.item_id}{SUFFIXES[item.format]}"
+        key = result_key(item)
         with (
             tempfile.TemporaryDirectory(prefix="kpmask-") as folder,
             contextlib.ExitStack() as stack,
@@ -279,16 +271,17 @@ class RenderWorker:
                 source, driven = (
                     stack.enter_context(local_media(u)) for u in (item.source, item.driving)
                 )
-                frames = delivered(frames, source, driven, self._settings, self._animator, item)
+                side_px = self._animator.image_size_px
+                frames = delivered(frames, source, driven, self._settings, item, side_px=side_px)
             video = formats.write(path, frames, fps=work.driving.fps, form=item.format)
             if item.audio:
                 with local_media(item.driving) as driving:
                     video, path = with_sound(path, driving, video, self._settings.limits)
             sha256s = (item.source_sha256, item.driving_sha256)
-            claim = claim_of(self._animator, sha256s, item, video)
+            claim = claim_of(self._animator.weights_sha256, sha256s, item, video)
             video = publish(self._store, key, path, video, claim, self._settings.signer)
             if item.format in SOUNDLESS:  # which browsers do not play as videos
-                self._put_preview(item, path, video, claim)
+                put_preview(self._store, item, path, video, claim, self._settings.signer)
         return AnimationRecord(
             item_id=item.item_id,
             name=item.name,
@@ -309,20 +302,6 @@ class RenderWorker:
             driving_view=item.driving_view,
         )
 
-    def _put_preview(
-        self, item: AnimationItem, path: Path, video: EncodedVideo, claim: Claim
-    ) -> None:
-        """What the gallery shows of a result, out of the result."""
-        if item.format == "gif":
-            shown: Iterator[Frame] = (f.rgb_HWC for f in decode.frames(path, OF_ANY_SIZE))
-        else:
-            shown = formats.pictures(path)
-        small = path.with_name("preview.mp4")
-        frames = (preview(frame_HWC, PREVIEW_PX) for frame_HWC in shown)
-        made = encode(small, frames, fps=video.fps, crf=PREVIEW_CRF)
-        key = f"media/{item.item_id}.mp4"
-        publish(self._store, key, small, made, claim, self._settings.signer)
-
     def _source(self, record: FeatureRecord) -> State:
         path = self._store.local(part_key(record.feature_id, 0))
         return self._animator.source_state(safetensors.torch.load_file(path))
@@ -340,108 +319,5 @@ class RenderWorker:
                     yield self._animator.driving_state(tensors)
 
 
-# --- shared with the single pair -------------------------------------------------------------
-
-
 def _load(settings: WorkerSettings) -> Animator:
     return Animator.load(local_weights(settings.checkpoint), device=settings.device)
-
-
-def open_driving(
-    path: Path, settings: WorkerSettings, animator: Animator, delivery: Delivery
-) -> DrivingVideo:
-    """The driving video at the model's size, cut and paced as wanted.
-
-    Raises:
-        MediaError: it cannot be read or breaks a limit, or there is no subject to cut out.
-    """
-    return DrivingVideo(
-        path,
-        settings.limits,
-        side_px=animator.image_size_px,
-        min_frames=settings.min_driving_frames,
-        crop_px=driving_crop(path, delivery.driving_crop, settings.output, settings.limits),
-        fps=delivery.fps,
-        max_fps=delivery.max_fps,
-    )
-
-
-def delivered(
-    frames: Iterable[Frame],
-    source: Path,
-    driving: Path,
-    settings: WorkerSettings,
-    animator: Animator,
-    delivery: Delivery,
-) -> Iterator[Frame]:
-    """What is shown for frames that were drawn; the image and the video are read once more.
-
-    Raises:
-        MediaError: one of them cannot be read.
-    """
-    image_HWC = images.read_image(source, settings.limits)
-    return composed(
-        frames,
-        source_HWC=image_HWC,
-        crop_px=source_crop(image_HWC, delivery.crop, settings.output, settings.limits),
-        driving=open_driving(driving, settings, animator, delivery),
-        delivery=delivery,
-        feather=settings.output.feather,
-    )
-
-
-def claim_of(
-    animator: Animator, sha256s: tuple[str, str], delivery: Delivery, video: EncodedVideo
-) -> Claim:
-    """What a result's credentials say.
-
-    Args:
-        sha256s: of the image and of the driving video.
-        video: with the driving video's sound, if it has it: that is no model's work.
-    """
-    composite = video.has_audio or delivery.paste_back or delivery.side_by_side
-    return Claim(animator.weights_sha256, *sha256s, composite=composite)
-
-
-def publish(
-    store: ObjectStore,
-    key: str,
-    path: Path,
-    video: EncodedVideo,
-    claim: Claim,
-    signer: Signer | None,
-) -> EncodedVideo:
-    """Label a finished video and upload it, after what has to lie beside it.
-
-    This is where every result leaves: with its credentials, or because none are wanted.
-
-    Raises:
-        MediaError: signing_failed.
-        StorageError: the store denies, lacks space or does not answer.
-    """
-    video = provenance.label(path, video, claim, signer)
-    if (beside := credentials_key(key, video.credentials)) is not None:
-        store.put_file(beside, provenance.sidecar_of(path))
-    store.put_file(key, path)
-    return video
-
-
-def credentials_key(key: str, credentials: str) -> str | None:
-    """Where the credentials of a stored result lie that has them not inside."""
-    path = PurePosixPath(key)
-    if credentials == provenance.NONE or provenance.carries(Path(path.name)):
-        return None
-    return str(path.with_suffix(provenance.SIDECAR))
-
-
-def with_sound(
-    path: Path, driving: Path, video: EncodedVideo, limits: MediaLimits
-) -> tuple[EncodedVideo, Path]:
-    """A file beside `path` that has the driving video's sound as well, if it has any.
-
-    Raises:
-        MediaError: the sound cannot be copied.
-    """
-    out = path.with_name(f"sound-{path.name}")
-    duration_s = video.num_frames / video.fps
-    return ffmpeg.copy_audio(path, driving, out, duration_s=duration_s, limits=limits), out
