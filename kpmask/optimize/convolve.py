@@ -7,13 +7,18 @@ at 8x8 px take a quarter of the time.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 Size = tuple[int, int]
+FUSED: Final = (
+    "_convolution_pointwise",
+    "_reorder_convolution_weight",
+    "_is_mkldnn_bf16_supported",
+)
 
 
 def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor]:
@@ -71,7 +76,7 @@ class FusedConv(nn.Module):
         super().__init__()
         self.padding, self.stride, self.groups = padding, stride, groups
         self.relu, self.dtype = relu, dtype
-        self.packed = packs(weight_OIHW.device)
+        self.packed = packs(weight_OIHW.device, dtype)
         weight_OIHW = weight_OIHW.to(dtype)
         # No buffer: the order that oneDNN gives has no place in a state dict.
         if self.packed:
@@ -109,14 +114,17 @@ class FusedConv(nn.Module):
         return y_BCHW
 
 
-def packs(device: torch.device) -> bool:
-    """Whether torch has oneDNN's fused convolutions, which are none of its public functions."""
-    return (
-        device.type == "cpu"
-        and torch._C._has_mkldnn
-        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
-        and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")
-    )
+def packs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch has oneDNN's fused convolutions, which are none of its public functions.
+
+    For bfloat16 these want AVX-512, or AVX2 with its newest part.
+    """
+    if device.type != "cpu" or not torch._C._has_mkldnn:
+        return False
+    operators = torch.ops.mkldnn
+    if not all(hasattr(operators, name) for name in FUSED):
+        return False
+    return dtype == torch.float32 or bool(operators._is_mkldnn_bf16_supported())
 
 
 def conv_of(

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import platform
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -289,7 +293,7 @@ def test_without_onednns_own_functions_the_result_is_the_same(
     conv = nn.Conv2d(4, 8, 3, padding=1, stride=2)
     x, other = torch.randn(2, 4, 8, 8), torch.randn(2, 8, 4, 4)
     ours = conv_of(conv, relu=relu, dtype=torch.float32)
-    monkeypatch.setattr("kpmask.optimize.convolve.packs", lambda device: False)
+    monkeypatch.setattr("kpmask.optimize.convolve.packs", lambda device, dtype: False)
     plain = conv_of(conv, relu=relu, dtype=torch.float32)
     assert not plain.packed
     near(ours(x), plain(x))
@@ -306,6 +310,31 @@ def test_a_bfloat16_convolution_keeps_its_sums_in_float32() -> None:
     exact = functional.conv2d(rounded[1], rounded[0], padding=1)
     error = (conv(x).double() - exact).abs() / exact.abs().clamp(min=1)
     assert error.max() <= 2**-8
+
+
+WITHOUT_AVX512 = """
+import torch
+from kpmask.optimize.convolve import FusedConv
+torch.manual_seed(0)
+weight, x = torch.randn(8, 16, 3, 3), torch.randn(2, 16, 8, 8)
+conv = FusedConv(weight, torch.zeros(8), padding=(1, 1), relu=False, dtype=torch.bfloat16)
+exact = torch.nn.functional.conv2d(x.bfloat16().double(), weight.bfloat16().double(), padding=1)
+error = (conv(x).double() - exact).abs() / exact.abs().clamp(min=1)
+print(conv.packed, error.max().item() <= 2**-8)
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="its instructions are another's")
+def test_bfloat16_computes_on_a_processor_without_avx512() -> None:
+    """oneDNN has no bfloat16 there, and packing for it raises."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_AVX512],
+        env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["False", "True"]
 
 
 # --- the choice ------------------------------------------------------------------------------
