@@ -1,5 +1,6 @@
 """What a catalog asks for: rows, their inputs found and hashed, and the id of each result.
 
+- Rows, inputs and items are tables (`CatalogBook`), however many they are: memory is flat.
 - An input is named by the digest of its content, so that files may move and be given twice, and a
   changed file makes a new result.
 - A folder of images is one driving video. Its digest is that of its files' names and contents.
@@ -8,66 +9,100 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fnmatch
+import functools
 import hashlib
+import itertools
 import tempfile
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Final
+from typing import Any, Final, Literal, TypeVar
 
 from kpmask import checkpoint, compose, provenance
 from kpmask.animate import Transfer
-from kpmask.config import AnimateJob
+from kpmask.config import AnimateJob, MediaLimits
 from kpmask.data import catalog
 from kpmask.data.layouts import IMAGE_SUFFIXES, find_sources
 from kpmask.errors import ConfigError, ItemError, MediaError, RowError, StorageError
+from kpmask.media.probe import probe
 from kpmask.models.base import AnimationSystem
-from kpmask.records import AnimationItem, CatalogRow, Failure, digest
-from tasks import storage
+from kpmask.records import AnimationItem, CatalogRow, Delivery, Failure, digest
+from tasks import hashes, storage
+from tasks.catalog_book import CatalogBook, Input
+from tasks.hashes import HashCache, Known
+from tasks.sqlite_book import full_disks
 from tasks.storage import ObjectStore, absolute
 from tasks.weights import local_weights
 
 RESULT_VERSION: Final = 1  # raise it when the same inputs give another video
 HASH_THREADS: Final = 8
+HASHES_AHEAD: Final = 64  # that are begun before the first of them is taken
+INPUTS_AT_ONCE: Final = 1000  # that go into the book
 ID_LENGTH: Final = 32
 _WILDCARDS = "*?["
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
 class CatalogPlan:
-    """What is to be made. `items` are ordered by driving video, then source."""
+    """What is to be made: the items of `book`, which is open for as long as the plan is.
 
-    items: tuple[AnimationItem, ...]
-    failures: tuple[Failure, ...]
+    `items` (by driving video, then source) and `failures` are of `plan_catalog` only.
+    """
+
+    book: CatalogBook = field(compare=False)
     weights_sha256: str
     settings_digest: str
+    items: tuple[AnimationItem, ...] = ()
+    failures: tuple[Failure, ...] = ()
 
 
-def plan_catalog(job: AnimateJob) -> CatalogPlan:
+@contextmanager
+def planned_catalog(job: AnimateJob, folder: Path) -> Iterator[CatalogPlan]:
     """Read the catalog or match the globs, find and hash every input.
+
+    Args:
+        folder: where the book lies.
 
     Raises:
         ConfigError: there is nothing to do, a column is wrong, or the motion is not supported.
         CheckpointError: the weights cannot be read.
-        StorageError: a store denies or does not answer.
+        StorageError: a store denies or does not answer, or there is no room for the book.
     """
     provenance.identity(job.credentials)  # a certificate that cannot sign is refused at once
-    loaded = checkpoint.load(local_weights(job.checkpoint))
-    _check_motion(job, loaded.system)
-    rows, failures = _rows(job)
-    rows, unsupported = _supported(rows, loaded.system)
-    hashes = _hashes({uri for row in rows for uri in (row.source, row.driving)})
-    settings = settings_digest(job, loaded.sha256)
-    items, broken = _items(rows, hashes, settings)
-    return CatalogPlan(
-        items=tuple(sorted(items, key=lambda i: (i.driving_sha256, i.source_sha256, i.item_id))),
-        failures=(*failures, *unsupported, *broken),
-        weights_sha256=loaded.sha256,
-        settings_digest=settings,
-    )
+    weights_sha256, motions = _weights(job)
+    settings = settings_digest(job, weights_sha256)
+    path = folder / "catalog.sqlite"
+    with full_disks(path), CatalogBook(path) as book:
+        book.add_rows(_rows(job))
+        book.name_rows()
+        book.refuse_motions(motions)
+        _find_inputs(book, job.limits)
+        book.make_items(
+            functools.partial(_item, settings=settings),
+            functools.partial(feature_ids, settings=settings),
+        )
+        yield CatalogPlan(book, weights_sha256, settings)
+
+
+def plan_catalog(job: AnimateJob) -> CatalogPlan:
+    """`planned_catalog` with all of it in memory; raises as it does."""
+    with (
+        tempfile.TemporaryDirectory(prefix="kpmask-") as folder,
+        planned_catalog(job, Path(folder)) as plan,
+    ):
+        items = sorted(
+            plan.book.items(), key=lambda i: (i.driving_sha256, i.source_sha256, i.item_id)
+        )
+        failures = tuple(plan.book.failures())
+        return dataclasses.replace(plan, items=tuple(items), failures=failures)
 
 
 def settings_digest(job: AnimateJob, weights_sha256: str) -> str:
@@ -88,6 +123,27 @@ def settings_digest(job: AnimateJob, weights_sha256: str) -> str:
     )
 
 
+def feature_id(
+    kind: Literal["source", "driving"], sha256: str, delivery: Delivery, settings: str
+) -> str:
+    """Of the state of an image as it is cut, or of a driving video as it is cut and paced.
+
+    Args:
+        sha256: of the image or video.
+        settings: digest of what shapes every state of a job, the weights among it.
+    """
+    view = delivery.crop if kind == "source" else delivery.driving_view
+    return digest({"place": [kind, sha256, view], "settings": settings})[:ID_LENGTH]
+
+
+def feature_ids(item: AnimationItem, settings: str) -> tuple[str, str]:
+    """`feature_id` of an item's image and of its driving video."""
+    return (
+        feature_id("source", item.source_sha256, item, settings),
+        feature_id("driving", item.driving_sha256, item, settings),
+    )
+
+
 def failure_of(item: str, stage: str, error: ItemError) -> Failure:
     """The failure row of an item that an error ended."""
     return Failure(item, stage, error.code, error.cause, error.retryable, attempts=1)
@@ -96,7 +152,7 @@ def failure_of(item: str, stage: str, error: ItemError) -> Failure:
 # --- rows ------------------------------------------------------------------------------------
 
 
-def _rows(job: AnimateJob) -> tuple[list[CatalogRow], list[Failure]]:
+def _rows(job: AnimateJob) -> Iterator[CatalogRow | Failure]:
     defaults = catalog.RowDefaults(
         *(job.motion, job.adapt_scale, job.best_frame, job.audio),
         **job.output.delivery().delivery(),
@@ -104,10 +160,10 @@ def _rows(job: AnimateJob) -> tuple[list[CatalogRow], list[Failure]]:
     if job.catalog is not None:
         uri = absolute(job.catalog)
         base = uri.rpartition("/")[0] or "/"
-        return catalog.read_catalog(_catalog_file(uri), defaults, base=base)
+        return catalog.iter_catalog(_catalog_file(uri), defaults, base=base)
     assert job.sources is not None and job.drivings is not None
     sources = matching(job.sources, folders=False)
-    return catalog.grid_rows(sources, matching(job.drivings, folders=True), defaults), []
+    return catalog.iter_grid(sources, matching(job.drivings, folders=True), defaults)
 
 
 def _catalog_file(uri: str) -> Path:
@@ -115,8 +171,15 @@ def _catalog_file(uri: str) -> Path:
         return storage.local_copy(uri)
     except StorageError as error:
         if error.code == "not_found" and "://" not in uri:
-            return Path(uri)  # `read_catalog` says what is wrong with it
+            return Path(uri)  # `iter_catalog` says what is wrong with it
         raise
+
+
+def _weights(job: AnimateJob) -> tuple[str, frozenset[str]]:
+    """The digest of the weights, and the motions that their system has."""
+    loaded = checkpoint.load(local_weights(job.checkpoint))
+    _check_motion(job, loaded.system)
+    return loaded.sha256, frozenset(loaded.system.motions)
 
 
 def _check_motion(job: AnimateJob, system: AnimationSystem[Any, Any]) -> None:
@@ -125,50 +188,10 @@ def _check_motion(job: AnimateJob, system: AnimationSystem[Any, Any]) -> None:
     Transfer(job.motion, of_a_row and job.adapt_scale, of_a_row and job.best_frame).check(system)
 
 
-def _supported(
-    rows: Sequence[CatalogRow], system: AnimationSystem[Any, Any]
-) -> tuple[list[CatalogRow], list[Failure]]:
-    """Rows whose motion the system has, and failures of the others."""
-    good = [row for row in rows if row.motion in system.motions]
-    names = ", ".join(sorted(system.motions))
-    failures = [
-        failure_of(
-            row.name, catalog.STAGE, RowError(f"this checkpoint supports {names} motion only")
-        )
-        for row in rows
-        if row.motion not in system.motions
-    ]
-    return good, failures
-
-
-def _items(
-    rows: Sequence[CatalogRow], hashes: dict[str, str | ItemError], settings: str
-) -> tuple[list[AnimationItem], list[Failure]]:
-    items: dict[str, AnimationItem] = {}
-    failures = []
-    for row in rows:
-        try:
-            item = _item(row, hashes, settings)
-            if item.item_id in items:
-                raise RowError(
-                    f"the same result as {items[item.item_id].name}", code="duplicate_row"
-                )
-            items[item.item_id] = item
-        except ItemError as error:
-            failures.append(failure_of(row.name, catalog.STAGE, error))
-    return list(items.values()), failures
-
-
-def _item(row: CatalogRow, hashes: dict[str, str | ItemError], settings: str) -> AnimationItem:
-    found = []
-    for uri in (row.source, row.driving):
-        sha256 = hashes[uri]
-        if isinstance(sha256, ItemError):
-            raise sha256
-        found.append(sha256)
+def _item(row: CatalogRow, source_sha256: str, driving_sha256: str, settings: str) -> AnimationItem:
     wanted = {
-        "source": found[0],
-        "driving": found[1],
+        "source": source_sha256,
+        "driving": driving_sha256,
         "settings": settings,
         "motion": row.motion,
         "adapt_scale": row.adapt_scale,
@@ -182,8 +205,8 @@ def _item(row: CatalogRow, hashes: dict[str, str | ItemError], settings: str) ->
         name=row.name,
         source=row.source,
         driving=row.driving,
-        source_sha256=found[0],
-        driving_sha256=found[1],
+        source_sha256=source_sha256,
+        driving_sha256=driving_sha256,
         motion=row.motion,
         adapt_scale=row.adapt_scale,
         best_frame=row.best_frame,
@@ -195,23 +218,72 @@ def _item(row: CatalogRow, hashes: dict[str, str | ItemError], settings: str) ->
 # --- inputs ----------------------------------------------------------------------------------
 
 
-def _hashes(uris: set[str]) -> dict[str, str | ItemError]:
-    """The digest of each input, or why there is none.
+def _find_inputs(book: CatalogBook, limits: MediaLimits) -> None:
+    """Tell the book about all of its inputs.
 
     Raises:
         StorageError: it is the store that is at fault, not the input.
     """
+    with hashes.user_hashes() as cache:
 
-    def hashed(uri: str) -> str | ItemError:
-        try:
-            with local_media(uri) as path:
-                return content_digest(path)
-        except ItemError as error:
-            return error
+        def find(wanted: tuple[str, bool]) -> tuple[str, bool, Input | Failure]:
+            uri, is_driving = wanted
+            try:
+                return uri, is_driving, _find(uri, is_driving, limits, cache)
+            except ItemError as error:
+                return uri, is_driving, failure_of(uri, catalog.STAGE, error)
 
-    ordered = sorted(uris)
-    with ThreadPoolExecutor(HASH_THREADS) as pool:
-        return dict(zip(ordered, pool.map(hashed, ordered), strict=True))
+        found = _in_threads(find, book.inputs())
+        while batch := list(itertools.islice(found, INPUTS_AT_ONCE)):
+            book.set_inputs(batch)
+
+
+def _in_threads(call: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """What a function makes of some items, in their order; a few are under way at a time."""
+    ahead: deque[Future[R]] = deque()
+    pool = ThreadPoolExecutor(HASH_THREADS)
+    try:
+        for item in items:
+            ahead.append(pool.submit(call, item))
+            if len(ahead) >= HASHES_AHEAD:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _find(uri: str, is_driving: bool, limits: MediaLimits, cache: HashCache) -> Input:
+    """What is known of an input: what was when it was read last, if it has not changed.
+
+    Raises:
+        ItemError, StorageError: as `local_media`.
+    """
+    with _item_errors(uri):
+        version = hashes.version(uri)
+    known = cache.get(uri, version) if version else None
+    if known is not None and not (is_driving and known.num_frames is None):
+        return Input(known.sha256, known.num_frames or 0)
+    with local_media(uri) as path:
+        sha256 = known.sha256 if known else content_digest(path)
+        num_frames = _num_frames(path, limits) if is_driving else None
+    with _item_errors(uri):
+        unchanged = hashes.version(uri) == version
+    if version and unchanged:
+        cache.put(uri, version, Known(sha256, num_frames))
+    return Input(sha256, num_frames or 0)
+
+
+def _num_frames(path: Path, limits: MediaLimits) -> int:
+    """What a video's header says, or a folder's files; 0 where it says nothing.
+
+    It only tells which videos are best begun with, so that it may be wrong, and a file that cannot
+    be read is left to those who read it.
+    """
+    try:
+        return probe(path, limits).num_frames_from_header or 0
+    except MediaError:
+        return 0
 
 
 @contextmanager
@@ -224,18 +296,25 @@ def local_media(uri: str) -> Iterator[Path]:
         StorageError: the store denies or does not answer.
     """
     with contextlib.ExitStack() as stack:
-        try:
+        with _item_errors(uri):
             store, key = storage.open_object(uri)
             path = _file(store, key) or stack.enter_context(_local_folder(store.child(key)))
-        except ConfigError as error:  # a bucket without a key, say
-            raise RowError(f"{uri}: {error.cause}", subject=uri) from error
-        except StorageError as error:
-            if error.code == "not_found":
-                raise MediaError(f"{uri}: not found", subject=uri, code="not_found") from error
-            if error.code == "path_escape":
-                raise RowError(f"{uri}: {error.cause}", subject=uri, code=error.code) from error
-            raise
         yield path
+
+
+@contextmanager
+def _item_errors(uri: str) -> Iterator[None]:
+    """Tell what is wrong with a reference from what is wrong with its store."""
+    try:
+        yield
+    except ConfigError as error:  # a bucket without a key, say
+        raise RowError(f"{uri}: {error.cause}", subject=uri) from error
+    except StorageError as error:
+        if error.code == "not_found":
+            raise MediaError(f"{uri}: not found", subject=uri, code="not_found") from error
+        if error.code == "path_escape":
+            raise RowError(f"{uri}: {error.cause}", subject=uri, code=error.code) from error
+        raise
 
 
 def _file(store: ObjectStore, key: str) -> Path | None:

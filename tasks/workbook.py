@@ -19,22 +19,19 @@ import hashlib
 import itertools
 import json
 import operator
-import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 from kpmask.data.metadata import raw_stem
 from kpmask.errors import RowError
 from kpmask.preprocess import failure_of, row_name
 from kpmask.records import ClipRecord, Failure, SourceRow, as_dict, digest
+from tasks.sqlite_book import BATCH, SqliteBook
 from tasks.storage import ObjectInfo
 
-BATCH: Final = 10_000
-CACHE_KIB: Final = 64 * 1024
 NO_STATE: Final = ""
 
 _TABLES: Final = """
@@ -88,37 +85,12 @@ def state_of(files: Sequence[ObjectInfo]) -> str:
     return digest([[f.key, f.size_bytes, f.etag] for f in files])[:16] if files else NO_STATE
 
 
-class Workbook:
+class Workbook(SqliteBook):
     """The tables of one run, in the file at `path`."""
 
     def __init__(self, path: Path, *, video_of: Callable[[str], str] = raw_stem) -> None:
         self._video_of = video_of  # the item's name by a clip's `video_id`
-        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        self._db.execute("PRAGMA journal_mode = OFF")
-        self._db.execute("PRAGMA synchronous = OFF")
-        self._db.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._db.close()
-
-    def _many(self, statement: str, rows: Iterable[Sequence[Any]]) -> None:
-        self._db.execute("BEGIN")
-        self._db.executemany(statement, rows)
-        self._db.execute("COMMIT")
-
-    def _one(self, query: str, *values: Any) -> Any:  # noqa: ANN401 - a column's value
-        return self._db.execute(query, values).fetchone()[0]
+        super().__init__(path)
 
     # --- the plan ----------------------------------------------------------------------------
 

@@ -9,23 +9,24 @@
   URIs are used as they are, since whoever wrote the catalog wrote them on purpose. `..` is refused
   in all of them.
 - A row that makes no sense becomes a Failure, and the others go on.
+- Tables have any number of rows and are read in one pass; no more is held than a few rows.
 - Names label results. They are made of letters, digits and `._-`, and are unique without regard
   to case or to how an accent is written (Unicode's NFC). A given name that occurs twice fails its
   second row; a missing one is made from the two files' names, with a number where that is needed.
+  That takes all rows at once: what is here has the parts of it, and holds no names.
 """
 
 from __future__ import annotations
 
 import csv
-import dataclasses
 import itertools
 import re
 import unicodedata
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any, get_args
+from typing import Any, TextIO, get_args
 
 from kpmask.config import CROP_RULES, FPS_RANGE
 from kpmask.errors import ConfigError, RowError
@@ -49,6 +50,9 @@ COLUMNS = (
 REQUIRED = ("source", "driving")
 SCHEMES = ("file", "s3")
 MAX_NAME_LENGTH = 100
+MAX_CELL_CHARS = 8192
+MAX_LINE_CHARS = 131_072  # of a row, which may have several lines; no cell of `csv` is longer
+PARQUET_ROWS = 1024  # that are held at once
 STAGE = "catalog"
 _TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
@@ -63,48 +67,56 @@ class RowDefaults(Delivery):
     audio: bool = False
 
 
-def read_catalog(
+def iter_catalog(
     path: Path, defaults: RowDefaults, *, base: str | None = None
-) -> tuple[list[CatalogRow], list[Failure]]:
-    """The rows of a catalog and the failures of those that make no sense.
+) -> Iterator[CatalogRow | Failure]:
+    """The rows of a catalog in the order of the table; a failure in the place of each bad one.
+
+    One pass in bounded memory. Rows are not compared with each other: a name is the given one,
+    cleaned, or empty where none is given (`made_name`).
 
     Args:
         path: the table.
         base: folder or URI that relative paths are taken from; the table's folder if None.
 
     Raises:
-        ConfigError: no such file, no table, a column is missing or unknown, or no row at all.
+        ConfigError: when the iteration begins: no such file, no table, a column is missing or
+            unknown. Further on: what comes next is not a table any more, or there was no row.
     """
-    columns, cells = _read_table(path)
-    _check_columns(columns, path)
+    if not path.is_file():
+        raise ConfigError("no such catalog", subject=str(path))
     folder = str(path.parent) if base is None else base
-    rows: list[CatalogRow] = []
-    failures: list[Failure] = []
-    for line, row in cells:
-        try:
-            rows.append(_parse_row(line, row, folder, defaults))
-        except RowError as error:
-            failures.append(failure_of(error))
-    if not rows and not failures:
+    read = _parquet_rows if path.suffix.lower() == ".parquet" else _csv_rows
+    num_rows = 0
+    for line, cells in read(path):
+        num_rows += 1
+        yield _row_or_failure(line, cells, folder, defaults)
+    if num_rows == 0:
         raise ConfigError("the catalog has no rows", subject=str(path), code="nothing_to_do")
-    named, duplicates = _with_unique_names(rows)
-    return named, [*failures, *duplicates]
 
 
-def grid_rows(
+def iter_grid(
     sources: Sequence[str], drivings: Sequence[str], defaults: RowDefaults
-) -> list[CatalogRow]:
-    """Every source with every driving video, a driving video's rows together.
+) -> Iterator[CatalogRow | Failure]:
+    """Every source with every driving video, a driving video's rows together; without names.
+
+    A file whose name is not Unicode is a failure of each of its rows.
 
     Raises:
-        ConfigError: there is none of the one or of the other.
+        ConfigError: when the iteration begins: there is none of the one or of the other.
     """
     for given, subject in ((sources, "sources"), (drivings, "drivings")):
         if not given:
             raise ConfigError("nothing matches", subject=subject, code="nothing_to_do")
-    pairs = itertools.product(drivings, sources)
-    rows = [
-        CatalogRow(
+    delivery = defaults.delivery()
+    for line, (driving, source) in enumerate(itertools.product(drivings, sources), start=1):
+        try:
+            for reference in (source, driving):
+                _check_unicode(reference)
+        except RowError as error:
+            yield failure_of(_at(line, error))
+            continue
+        yield CatalogRow(
             line=line,
             name="",
             source=source,
@@ -113,11 +125,8 @@ def grid_rows(
             adapt_scale=defaults.adapt_scale,
             best_frame=defaults.best_frame,
             audio=defaults.audio and defaults.format not in SOUNDLESS,
-            **defaults.delivery(),
+            **delivery,
         )
-        for line, (driving, source) in enumerate(pairs, start=1)
-    ]
-    return _with_unique_names(rows)[0]
 
 
 def failure_of(error: RowError) -> Failure:
@@ -136,7 +145,8 @@ def resolve(reference: str, base: str) -> str:
     """A reference as a path or URI that stands by itself.
 
     Raises:
-        RowError: it is empty, climbs with `..` (path_escape), or has a scheme that is not ours.
+        RowError: it is empty, climbs with `..` or is not Unicode (path_escape), or has a scheme
+            that is not ours.
     """
     if not reference or "\0" in reference:
         raise RowError("the reference is empty or has a NUL character")
@@ -146,9 +156,10 @@ def resolve(reference: str, base: str) -> str:
     parts = re.split(r"[/\\]", rest if separator else reference)
     if ".." in parts:
         raise RowError(f"{reference!r} climbs out of its folder", code="path_escape")
-    if separator or reference.startswith("/"):
-        return reference
-    return f"{base.rstrip('/')}/{reference}" if base != "/" else f"/{reference}"
+    if not separator and not reference.startswith("/"):
+        reference = f"{base.rstrip('/')}/{reference}"
+    _check_unicode(reference)
+    return reference
 
 
 def clean_name(text: str) -> str:
@@ -161,46 +172,102 @@ def clean_name(text: str) -> str:
 # --- the table -------------------------------------------------------------------------------
 
 Cells = Mapping[str, Any]
+Read = Iterator[tuple[int, Cells | RowError]]  # by line; what is wrong with one that has no cells
 
 
-def _read_table(path: Path) -> tuple[list[str], Iterable[tuple[int, Cells]]]:
-    """Column names, and (line, cells) of each row that is not blank."""
-    if not path.is_file():
-        raise ConfigError("no such catalog", subject=str(path))
-    return _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_csv(path)
+def _csv_rows(path: Path) -> Read:
+    columns: list[str] = []
+    for line, row in _csv_lines(path):
+        if isinstance(row, RowError):
+            if not columns:
+                raise ConfigError(f"not a CSV table: {row.cause}", subject=str(path))
+            yield line, row
+        elif columns:
+            cells: dict[str, Any] = dict(zip(columns, row, strict=False))
+            if len(row) > len(columns):
+                cells["too_many"] = len(row)
+            yield line, cells
+        else:
+            columns = row
+            _check_columns(columns, path)
+    if not columns:
+        raise ConfigError("the catalog is empty", subject=str(path), code="nothing_to_do")
 
 
-def _read_csv(path: Path) -> tuple[list[str], Iterable[tuple[int, Cells]]]:
+def _csv_lines(path: Path) -> Iterator[tuple[int, list[str] | RowError]]:
+    """What is in each row that is not blank, by the number of its last line."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
+            lines = _Lines(file)
+            reader = csv.reader(lines, strict=True)
+            while (row := _next_row(reader, lines)) is not None:
+                if isinstance(row, RowError):
+                    yield lines.number, row
+                    continue
+                cells = [cell.strip() for cell in row]
+                if any(cells):
+                    yield lines.number, cells
     except (UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"not a CSV table: {error}", subject=str(path)) from error
-    lines = [(line, row) for line, row in lines if any(row)]
-    if not lines:
-        raise ConfigError("the catalog is empty", subject=str(path), code="nothing_to_do")
-    columns = lines[0][1]
-    return columns, _csv_cells(columns, lines[1:])
+    except OSError as error:
+        raise ConfigError(error.strerror or str(error), subject=str(path)) from error
 
 
-def _csv_cells(columns: list[str], lines: list[tuple[int, list[str]]]) -> Iterator[tuple[int, Any]]:
-    for line, row in lines:
-        cells: dict[str, Any] = dict(zip(columns, row, strict=False))
-        if len(row) > len(columns):
-            cells["too_many"] = len(row)
-        yield line, cells
+def _next_row(reader: Iterator[list[str]], lines: _Lines) -> list[str] | RowError | None:
+    lines.begin_row()
+    try:
+        return next(reader, None)
+    except RowError as error:  # out of `lines`; the reader begins its next row afresh
+        return error
 
 
-def _read_parquet(path: Path) -> tuple[list[str], Iterable[tuple[int, Cells]]]:
+class _Lines:
+    """The lines of a table, numbered from 1, of which no row holds more than `MAX_LINE_CHARS`.
+
+    A longer line is passed over. A row of several lines that gets longer has a quote that nobody
+    closed; which rows it hides cannot be known, and the table cannot be used.
+    """
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+        self._row_chars = 0
+        self.number = 0  # of the line that was given last
+
+    def begin_row(self) -> None:
+        self._row_chars = 0
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        line = self._file.readline(MAX_LINE_CHARS + 1)
+        if not line:
+            raise StopIteration
+        self.number += 1
+        is_first = self._row_chars == 0
+        self._row_chars += len(line)
+        if self._row_chars <= MAX_LINE_CHARS:
+            return line
+        if not is_first:
+            raise csv.Error(f"the quoted text before line {self.number} does not end")
+        while line and not line.endswith(("\n", "\r")):
+            line = self._file.readline(MAX_LINE_CHARS)
+        raise RowError(f"the line has more than {MAX_LINE_CHARS} characters")
+
+
+def _parquet_rows(path: Path) -> Read:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
+        # Pages are read as they are needed, and not a row group at once.
+        with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+            _check_columns(file.schema_arrow.names, path)
+            batches = file.iter_batches(batch_size=PARQUET_ROWS)
+            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+            yield from enumerate(rows, start=1)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"not a Parquet table: {error}", subject=str(path)) from error
-    return table.column_names, enumerate(table.to_pylist(), start=1)
 
 
 def _check_columns(columns: Sequence[str], path: Path) -> None:
@@ -219,16 +286,27 @@ def _check_columns(columns: Sequence[str], path: Path) -> None:
 # --- a row -----------------------------------------------------------------------------------
 
 
-def _parse_row(line: int, cells: Cells, base: str, defaults: RowDefaults) -> CatalogRow:
+def _row_or_failure(
+    line: int, cells: Cells | RowError, base: str, defaults: RowDefaults
+) -> CatalogRow | Failure:
     try:
+        if isinstance(cells, RowError):
+            raise cells
         return _parsed(line, cells, base, defaults)
     except RowError as error:
-        raise RowError(error.cause, subject=f"line {line}", code=error.code) from None
+        return failure_of(_at(line, error))
+
+
+def _at(line: int, error: RowError) -> RowError:
+    return RowError(error.cause, subject=f"line {line}", code=error.code)
 
 
 def _parsed(line: int, cells: Cells, base: str, defaults: RowDefaults) -> CatalogRow:
     if "too_many" in cells:
         raise RowError(f"{cells['too_many']} cells are more than the table has columns")
+    for column, value in cells.items():
+        if isinstance(value, str) and len(value) > MAX_CELL_CHARS:
+            raise RowError(f"{column} has more than {MAX_CELL_CHARS} characters")
     motion = _motion(cells.get("motion"), defaults.motion)
     relative = motion == "relative"
     given_name = str(cells.get("name") or "")
@@ -328,6 +406,14 @@ def _reference(column: str, cells: Cells, base: str) -> str:
         raise RowError(f"{column}: {error.cause}", code=error.code) from None
 
 
+def _check_unicode(reference: str) -> None:
+    """Refuse what neither a table nor an object store can hold: a file name of stray bytes."""
+    try:
+        reference.encode()
+    except UnicodeEncodeError:
+        raise RowError(f"{reference!a} is not Unicode", code="path_escape") from None
+
+
 def _motion(value: Any, default: Motion) -> Motion:  # noqa: ANN401 - a table's cell
     if value is None or value == "":
         return default
@@ -351,37 +437,20 @@ def _flag(column: str, value: Any) -> bool | None:  # noqa: ANN401 - a table's c
 # --- names -----------------------------------------------------------------------------------
 
 
-def _with_unique_names(rows: Sequence[CatalogRow]) -> tuple[list[CatalogRow], list[Failure]]:
-    """Rows with a name each, and failures of those whose given name was taken."""
-    taken: set[str] = set()
-    failures: list[Failure] = []
-    for row in rows:
-        if row.name.casefold() in taken:
-            error = RowError(
-                f"the name {row.name!r} occurs twice",
-                subject=f"line {row.line}",
-                code="duplicate_name",
-            )
-            failures.append(failure_of(error))
-        elif row.name:
-            taken.add(row.name.casefold())
-    failed = {failure.item for failure in failures}
-    next_number: Counter[str] = Counter()
-    named = [
-        dataclasses.replace(row, name=row.name or _made_name(row, taken, next_number))
-        for row in rows
-        if f"line {row.line}" not in failed
-    ]
-    return named, failures
+def made_name(row: CatalogRow) -> str:
+    """The name of a row that was given none: the two files' names.
+
+    Where it is taken already, without regard to case, it ends in the first free of -2, -3, ...
+    """
+    return f"{_stem(row.source)}--{_stem(row.driving)}"[:MAX_NAME_LENGTH]
 
 
-def _made_name(row: CatalogRow, taken: set[str], next_number: Counter[str]) -> str:
-    """The two files' names; the second of a kind ends in -2, and so on."""
-    stems = (PurePosixPath(reference).stem for reference in (row.source, row.driving))
-    base = "--".join(clean_name(stem) or "unnamed" for stem in stems)[:MAX_NAME_LENGTH]
-    name = base
-    while name.casefold() in taken:
-        next_number[base] += 1
-        name = f"{base}-{next_number[base] + 1}"
-    taken.add(name.casefold())
-    return name
+@lru_cache(maxsize=65_536)
+def _stem(reference: str) -> str:
+    return clean_name(PurePosixPath(reference).stem) or "unnamed"
+
+
+def duplicate_name(row: CatalogRow) -> Failure:
+    """The failure of a row whose given name an earlier row was given."""
+    cause = f"the name {row.name!r} occurs twice"
+    return failure_of(RowError(cause, subject=f"line {row.line}", code="duplicate_name"))

@@ -1,15 +1,47 @@
-"""Catalogs: formats, references, names and what is refused."""
+"""Catalogs: formats, references, names and what is refused. Unique names are `CatalogBook`'s."""
 
 from __future__ import annotations
 
+import tracemalloc
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kpmask.data.catalog import RowDefaults, clean_name, grid_rows, read_catalog, resolve
+from kpmask.data.catalog import (
+    MAX_CELL_CHARS,
+    MAX_LINE_CHARS,
+    RowDefaults,
+    clean_name,
+    iter_catalog,
+    iter_grid,
+    made_name,
+    resolve,
+)
 from kpmask.errors import ConfigError, RowError
+from kpmask.records import CatalogRow, Failure
+
+Read = tuple[list[CatalogRow], list[Failure]]
+
+
+def split(found: Iterable[CatalogRow | Failure]) -> Read:
+    """Rows and failures."""
+    everything = list(found)
+    rows = [row for row in everything if isinstance(row, CatalogRow)]
+    return rows, [failure for failure in everything if isinstance(failure, Failure)]
+
+
+def read_catalog(path: Path, defaults: RowDefaults) -> Read:
+    return split(iter_catalog(path, defaults))
+
+
+def grid_rows(sources: list[str], drivings: list[str], defaults: RowDefaults) -> list[CatalogRow]:
+    rows, failures = split(iter_grid(sources, drivings, defaults))
+    assert failures == []
+    return rows
 
 
 def write(path: Path, text: str) -> Path:
@@ -36,7 +68,7 @@ def test_rows_take_defaults_and_their_own_cells(tmp_path: Path) -> None:
     first, second, third = rows
     assert first.source == f"{tmp_path}/a.jpg"
     assert (first.motion, first.adapt_scale, first.best_frame) == ("relative", True, True)
-    assert first.name == "a--b"
+    assert (first.name, made_name(first)) == ("", "a--b")
     assert second.source == f"{tmp_path}/x, y.jpg"
     assert second.driving == "/abs/b.mp4"
     assert (second.name, second.adapt_scale, second.best_frame) == ("Second_one", True, False)
@@ -74,8 +106,7 @@ def test_bad_rows_become_failures_and_the_others_go_on(tmp_path: Path) -> None:
         "a.jpg,b.mp4,...,,\n"
         "a.jpg,b.mp4,n,relative,true,extra\n"
         "ftp://host/a.jpg,b.mp4,,,\n"
-        "a.jpg,b.mp4,good,,\n"
-        "a.jpg,c.mp4,GOOD,,\n",
+        "a.jpg,b.mp4,good,,\n",
     )
     rows, failures = read_catalog(table, RowDefaults())
     assert [(row.line, row.name) for row in rows] == [(12, "good")]
@@ -83,7 +114,6 @@ def test_bad_rows_become_failures_and_the_others_go_on(tmp_path: Path) -> None:
         "line 2": "path_escape",
         "line 3": "path_escape",
         "line 4": "path_escape",
-        "line 13": "duplicate_name",
         **{f"line {n}": "bad_row" for n in range(5, 12)},
     }
     assert all(f.stage == "catalog" and f.cause for f in failures)
@@ -116,14 +146,11 @@ def test_files_that_are_no_table(tmp_path: Path) -> None:
         read_catalog(tmp_path / "latin.csv", RowDefaults())
 
 
-def test_made_names_are_unique_and_spare_given_ones(tmp_path: Path) -> None:
-    table = write(
-        tmp_path / "c.csv",
-        "source,driving,name\na/i.jpg,v.mp4,\nb/i.jpg,v.mp4,\nc/i.jpg,v.mp4,i--v-2\n",
-    )
-    rows, failures = read_catalog(table, RowDefaults())
-    assert failures == []
-    assert [row.name for row in rows] == ["i--v", "i--v-3", "i--v-2"]
+def test_names_are_made_of_the_files(tmp_path: Path) -> None:
+    row = grid_rows(["/x/Ana López.1.jpg"], ["s3://b/../<b>.mp4"], RowDefaults())[0]
+    assert (row.name, made_name(row)) == ("", "Ana_López.1--b")
+    assert made_name(replace(row, source="/....jpg")) == "unnamed--b"
+    assert made_name(replace(row, source="/" + "n" * 300)) == "n" * 100
 
 
 def test_a_grid_keeps_a_driving_videos_rows_together() -> None:
@@ -134,7 +161,7 @@ def test_a_grid_keeps_a_driving_videos_rows_together() -> None:
         ("/a.jpg", "/y.mp4"),
         ("/b.jpg", "/y.mp4"),
     ]
-    assert len({r.name for r in rows}) == 4
+    assert [(r.line, r.name) for r in rows] == [(1, ""), (2, ""), (3, ""), (4, "")]
     with pytest.raises(ConfigError) as caught:
         grid_rows(["/a.jpg"], [], RowDefaults())
     assert (caught.value.code, caught.value.subject) == ("nothing_to_do", "drivings")
@@ -247,8 +274,8 @@ def test_names_that_differ_only_in_how_an_accent_is_written_are_one(tmp_path: Pa
     assert clean_name(composed) == clean_name(apart) == composed
     text = f"source,driving,name\na.jpg,b.mp4,{composed}\na.jpg,c.mp4,{apart}\n"
     rows, failures = read_catalog(write(tmp_path / "c.csv", text), RowDefaults())
-    assert [row.name for row in rows] == [composed]
-    assert codes(failures) == {"line 3": "duplicate_name"}
+    assert [row.name for row in rows] == [composed, composed]
+    assert failures == []
 
 
 @pytest.mark.parametrize(
@@ -262,10 +289,116 @@ def test_names_of_strangers(tmp_path: Path, name: str, expected: str) -> None:
     long = "n" * 300
     text = f"source,driving,name\na.jpg,b.mp4,{long}1\na.jpg,b.mp4,{long}2\na.jpg,b.mp4,{long}1\n"
     rows, failures = read_catalog(write(tmp_path / "l.csv", text), RowDefaults())
-    assert [len(row.name) for row in rows] == [100, 100]
-    assert codes(failures) == {"line 4": "duplicate_name"}
-    made = "f" * 300
-    text = f"source,driving\n{made}.jpg,b.mp4\n{made}2.jpg,b.mp4\n"
-    rows, failures = read_catalog(write(tmp_path / "d.csv", text), RowDefaults())
+    assert [len(row.name) for row in rows] == [100, 100, 100]
+    assert rows[0].name == rows[2].name != rows[1].name
     assert failures == []
-    assert len({row.name for row in rows}) == 2
+
+
+# --- tables of strangers ---------------------------------------------------------------------
+
+HEADER = "source,driving,name\n"
+
+
+def test_long_cells_and_lines_are_failures_of_their_rows(tmp_path: Path) -> None:
+    fits, long = "x" * MAX_CELL_CHARS, "x" * (MAX_CELL_CHARS + 1)
+    endless = "y" * (2 * MAX_LINE_CHARS + 17)
+    text = (
+        f"{HEADER}a.jpg,b.mp4,{fits}\na.jpg,b.mp4,{long}\r\n{endless}\n"
+        f'a.jpg,"b.mp4,{endless}\na.jpg,b.mp4,\n"a,\nb.jpg",b.mp4,\n{endless}'
+    )
+    rows, failures = read_catalog(write(tmp_path / "c.csv", text), RowDefaults())
+    assert [row.line for row in rows] == [2, 6, 8]
+    assert rows[2].source == f"{tmp_path}/a,\nb.jpg"
+    assert codes(failures) == {f"line {n}": "bad_row" for n in (3, 4, 5, 9)}
+    said = [failure.cause for failure in failures]
+    assert "name has more than 8192" in said[0]
+    assert all("131072 characters" in cause for cause in said[1:])
+    pq.write_table(
+        pa.table({"source": [long, "a.jpg"], "driving": ["b.mp4"] * 2}), tmp_path / "c.parquet"
+    )
+    rows, failures = read_catalog(tmp_path / "c.parquet", RowDefaults())
+    assert ([row.line for row in rows], codes(failures)) == ([2], {"line 1": "bad_row"})
+
+
+def test_an_open_quote_hides_rows_and_is_refused(tmp_path: Path) -> None:
+    """Soon, and not after all of what follows was held in memory."""
+    row = "a.jpg,b.mp4,\n"
+    path = write(tmp_path / "c.csv", f'{HEADER}{row}"a.jpg,b.mp4,\n{row * 1_000_000}')
+    found = iter_catalog(path, RowDefaults())
+    assert isinstance(next(found), CatalogRow)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ConfigError, match="not a CSV table: the quoted text before line"):
+            next(found)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_is_no_table_any_more_is_said_when_it_is_reached(tmp_path: Path) -> None:
+    path = tmp_path / "c.csv"
+    path.write_bytes(HEADER.encode() + b"a.jpg,b.mp4,\n" * 2000 + b"\xff,b.mp4,\n")
+    found = iter_catalog(path, RowDefaults())
+    assert isinstance(next(found), CatalogRow)
+    with pytest.raises(ConfigError, match="not a CSV table"):
+        list(found)
+    path.write_text(f'{HEADER}a.jpg,b.mp4,\na.jpg,"b"c.mp4,\n')
+    found = iter_catalog(path, RowDefaults())
+    assert isinstance(next(found), CatalogRow)
+    with pytest.raises(ConfigError, match="not a CSV table"):
+        next(found)
+    path.write_text("y" * (MAX_LINE_CHARS + 1) + f"\n{HEADER}a.jpg,b.mp4,\n")
+    with pytest.raises(ConfigError, match="not a CSV table"):
+        next(iter_catalog(path, RowDefaults()))
+
+
+def test_lines_may_end_in_any_way(tmp_path: Path) -> None:
+    for end in ("\n", "\r\n", "\r"):
+        text = end.join(["source,driving", "a.jpg,b.mp4", "", "z" * 300_000, "c.jpg,d.mp4"])
+        rows, failures = read_catalog(write(tmp_path / "c.csv", text), RowDefaults())
+        assert [(row.line, row.source) for row in rows] == [
+            (2, f"{tmp_path}/a.jpg"),
+            (5, f"{tmp_path}/c.jpg"),
+        ]
+        assert codes(failures) == {"line 4": "bad_row"}
+
+
+def test_a_damaged_parquet_table_is_no_table(tmp_path: Path) -> None:
+    columns = {"source": [f"{i}.jpg" for i in range(50_000)], "driving": ["b.mp4"] * 50_000}
+    path = tmp_path / "c.parquet"
+    pq.write_table(pa.table(columns), path, compression="none", use_dictionary=False)
+    rows, _ = read_catalog(path, RowDefaults())
+    assert [row.line for row in rows] == list(range(1, 50_001))
+    data = bytearray(path.read_bytes())
+    data[: len(data) // 2] = bytes(len(data) // 2)
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match="not a Parquet table"):
+        read_catalog(path, RowDefaults())
+
+
+def test_file_names_of_stray_bytes_are_failures(tmp_path: Path) -> None:
+    stray = b"/x/\xff.jpg".decode(errors="surrogateescape")
+    rows, failures = split(iter_grid(["/a.jpg", stray], ["/b.mp4", "/c.mp4"], RowDefaults()))
+    assert [(row.line, row.source) for row in rows] == [(1, "/a.jpg"), (3, "/a.jpg")]
+    assert codes(failures) == {"line 2": "path_escape", "line 4": "path_escape"}
+    with pytest.raises(RowError, match="not Unicode"):
+        resolve("a.jpg", stray)
+
+
+def test_tables_are_read_in_flat_memory(tmp_path: Path) -> None:
+    num_rows = 40_000
+    path = tmp_path / "c.csv"
+    with path.open("w") as file:
+        file.write(HEADER)
+        file.writelines(f"{i}.jpg,b.mp4,{'n' * 80}{i}\n" for i in range(num_rows))
+    columns = {"source": [f"{i}.jpg" for i in range(num_rows)], "driving": ["b.mp4"] * num_rows}
+    pq.write_table(pa.table(columns), tmp_path / "c.parquet")
+    del columns
+    for table in (path, tmp_path / "c.parquet"):
+        tracemalloc.start()
+        try:
+            assert sum(1 for _ in iter_catalog(table, RowDefaults())) == num_rows
+            peak_bytes = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert peak_bytes < 4 * 2**20, table  # the rows take ten times that
