@@ -4,6 +4,8 @@
   `encode_driving` make states that may be kept, stored and used with each other freely.
 - Frames go through in chunks of `batch_size`, so that memory does not grow with the length of the
   driving video, and every frame is computed by itself, so that the chunks do not show.
+- On a GPU one batch is begun before the one before it is waited for, and frames cross the bus as
+  uint8.
 - Images of any size come in; the largest centred square is taken and resized to the model's size,
   as the datasets are cut. The result has the model's size.
 
@@ -15,11 +17,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self, TypeVar
 
 import numpy as np
 import torch
@@ -32,10 +34,15 @@ from kpmask.errors import ConfigError
 from kpmask.media import images
 from kpmask.models.base import AnimationSystem, State
 from kpmask.optimize import Wanted, choose
+from kpmask.optimize.transfer import in_order, transfers_of
 from kpmask.records import Motion
 
 Frame = NDArray[np.uint8]  # HWC RGB
 Frames = NDArray[np.uint8]  # THWC RGB
+
+T = TypeVar("T")
+
+GRAPH_SIZES: Final = (1, 8, 16, 32)  # of batches that a GPU keeps recordings of
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,24 +86,36 @@ class Animator:
         device: str = "auto",
         weights_sha256: str = "",
         precision: Wanted = "plain",
+        graph_sizes: Sequence[int] = GRAPH_SIZES,
     ) -> None:
         """Args:
         system: with its weights; it is moved to the device and put into eval mode.
         device: auto (a GPU where there is one), cpu, cuda or cuda:N.
         precision: plain computes with the system as it is, else see `kpmask.optimize`.
+        graph_sizes: on a GPU, of batches that run as CUDA graphs, unless plain is wanted; others
+            run as the next larger one. They take memory; with none, kernels are put one by one.
 
         Raises:
             ConfigError: there is no such device or precision.
         """
         self.device = choose_device(device)
         plain = system.to(self.device).eval().requires_grad_(False)
-        chosen = choose(plain, precision, device=self.device)
+        chosen = choose(plain, precision, device=self.device, batch_sizes=graph_sizes)
         self.system, self.precision = chosen.system, chosen.precision
+        self.graph_sizes = chosen.batch_sizes  # empty where nothing could be recorded
         self.precision_check = chosen.check  # what bfloat16 changes, where that was measured
         self.weights_sha256 = weights_sha256
+        self._transfers = transfers_of(self.device)
 
     @classmethod
-    def load(cls, weights: str | Path, *, device: str = "auto", precision: Wanted = "auto") -> Self:
+    def load(
+        cls,
+        weights: str | Path,
+        *,
+        device: str = "auto",
+        precision: Wanted = "auto",
+        graph_sizes: Sequence[int] = GRAPH_SIZES,
+    ) -> Self:
         """An animator from bundled weights or a weights file.
 
         Args:
@@ -106,13 +125,20 @@ class Animator:
             precision: auto draws frames in bfloat16 where the device computes it and the frames
                 stay what they are (45 dB or more), else as float32 does: exactly, but for the
                 order of sums. plain is the slow way, for comparison.
+            graph_sizes: as for the class.
 
         Raises:
             CheckpointError: there is no such name or file, or it is broken or no weights file.
             ConfigError: there is no such device or precision.
         """
         loaded = checkpoint.load(bundled.locate(weights))
-        return cls(loaded.system, device=device, weights_sha256=loaded.sha256, precision=precision)
+        return cls(
+            loaded.system,
+            device=device,
+            weights_sha256=loaded.sha256,
+            precision=precision,
+            graph_sizes=graph_sizes,
+        )
 
     def for_reconstruction(self) -> Self:
         """The animator as its system is scored in reconstruction; weights are shared."""
@@ -204,20 +230,40 @@ class Animator:
             chunks: starts a pass over the driving states; `best_frame` takes one pass more.
             transfer: checked against the system already.
         """
-        initial = None
-        if transfer.best_frame:
-            initial = best_frame(source, chunks())
-        for driving in chunks():
+        initial = best_frame(source, chunks()) if transfer.best_frame else None
+        begun = self._begun(source.to(self.device), chunks(), initial, transfer)
+        for frames_THWC in self.in_order(begun):
+            yield from frames_THWC
+
+    def _begun(
+        self, source: State, chunks: Iterable[State], initial: State | None, transfer: Transfer
+    ) -> Iterator[Callable[[], Frames]]:
+        for driving in chunks:
             if initial is None:
                 initial = driving[:1]
-            yield from self.render_states(source, driving, initial=initial, transfer=transfer)
+            yield self.fetch(self.render(source, driving, initial=initial, transfer=transfer))
 
     def render_states(
         self, source: State, driving: State, *, initial: State | None, transfer: Transfer
     ) -> Frames:
-        """Frames, uint8 THWC, of a source (1 entry) in the poses of driving states (T entries)."""
-        image_TCHW = self.render(source, driving, initial=initial, transfer=transfer)
-        return to_frames(image_TCHW)
+        """`render` to the end: uint8 THWC, on the host."""
+        return self.fetch(self.render(source, driving, initial=initial, transfer=transfer))()
+
+    @torch.inference_mode()
+    def fetch(self, image_TCHW: Tensor) -> Callable[[], Frames]:
+        """Begin to bring what `render` draws to the host; what is returned waits for it.
+
+        Args:
+            image_TCHW: float in [0, 1], on the animator's device.
+
+        Returns:
+            What gives the frames, uint8 THWC, rounded to the nearest and clipped.
+        """
+        return self._transfers.download(rounded(image_TCHW))
+
+    def in_order(self, begun: Iterable[Callable[[], T]]) -> Iterator[T]:
+        """What each of `begun` gives. On a GPU the next is begun before one is waited for."""
+        return in_order(begun, num_ahead=self._transfers.num_ahead)
 
     @torch.inference_mode()
     def render(
@@ -228,13 +274,14 @@ class Animator:
         initial: State | None = None,
         transfer: Transfer = Transfer(),
     ) -> Tensor:
-        """`render_states` before rounding: float32 TCHW in [0, 1], on the animator's device.
+        """Frames as float32 TCHW in [0, 1], on the animator's device, perhaps not computed yet.
 
         Args:
-            initial: what relative motion starts from, one entry.
+            source: 1 entry, or T. driving: T entries.
+            initial: what relative motion starts from, 1 entry or T.
         """
         source, driving = source.to(self.device), driving.to(self.device)
-        sources = source.repeat(len(driving))
+        sources = source if len(source) == len(driving) else source.repeat(len(driving))
         if transfer.motion == "relative":
             assert initial is not None
             driving = self.system.relative_motion(
@@ -255,7 +302,7 @@ class Animator:
     def _encode(self, encode: Callable[[Tensor], State], frames: Iterable[Frame]) -> State:
         side_px = self.image_size_px
         frames_THWC = np.stack([fit_square(frame_HWC, side_px) for frame_HWC in frames])
-        return encode(to_tensor(frames_THWC, device=self.device))
+        return encode(unit(self._transfers.upload(frames_THWC)))
 
     @cached_property
     def _state_types(self) -> tuple[type[State], type[State]]:
@@ -304,14 +351,23 @@ def fit_square(image_HWC: Frame, side_px: int) -> Frame:
 
 def to_tensor(frames_THWC: Frames, *, device: torch.device | None = None) -> Tensor:
     """uint8 THWC -> float32 TCHW in [0, 1]."""
-    frames = torch.from_numpy(np.ascontiguousarray(frames_THWC)).to(device)
-    return frames.permute(0, 3, 1, 2).float().div(255).contiguous()
+    return unit(torch.from_numpy(np.ascontiguousarray(frames_THWC)).to(device))
 
 
 def to_frames(image_TCHW: Tensor) -> Frames:
     """float TCHW -> uint8 THWC, rounded to the nearest and clipped."""
+    return rounded(image_TCHW).cpu().numpy()
+
+
+def unit(levels_THWC: Tensor) -> Tensor:
+    """uint8 THWC -> float32 TCHW in [0, 1], on the same device."""
+    return levels_THWC.permute(0, 3, 1, 2).float().div(255).contiguous()
+
+
+def rounded(image_TCHW: Tensor) -> Tensor:
+    """float TCHW -> uint8 THWC, rounded to the nearest and clipped, on the same device."""
     scaled_TCHW = image_TCHW.clamp(0, 1).mul(255).round().to(torch.uint8)
-    return scaled_TCHW.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return scaled_TCHW.permute(0, 2, 3, 1).contiguous()
 
 
 def state_tensors(state: State) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ class SplitHead(nn.Module):
         row_kernels = weight_OIHW.permute(2, 0, 1, 3).flatten(0, 1)[:, :, None]
         self.conv = FusedConv(
             row_kernels,
-            torch.zeros(len(row_kernels)),
+            torch.zeros(len(row_kernels), device=row_kernels.device),
             padding=(0, conv.padding[1]),
             relu=False,
             dtype=dtype,
