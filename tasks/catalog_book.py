@@ -350,16 +350,15 @@ class CatalogBook(SqliteBook):
 
     def _forget_absent(
         self,
-        records: Iterable[AnimationRecord],
+        records: Sequence[AnimationRecord],
         needs: Callable[[AnimationRecord], Sequence[str]],
     ) -> int:
         self._db.execute("DELETE FROM need")
-        for record in records:
-            wanted = [(record.item_id, key, None) for key in needs(record)]
-            self._db.executemany(
-                "INSERT INTO need VALUES (?, ?, ?)",
-                [(record.item_id, record.key, record.size_bytes), *wanted],
-            )
+        wanted = [
+            *((record.item_id, record.key, record.size_bytes) for record in records),
+            *((record.item_id, key, None) for record in records for key in needs(record)),
+        ]
+        self._many("INSERT INTO need VALUES (?, ?, ?)", wanted)
         forgotten = self._db.execute(
             "UPDATE item SET state = NULL, record = NULL, record_frames = NULL WHERE item_id IN"
             " (SELECT item_id FROM need WHERE NOT EXISTS (SELECT 1 FROM present p"
@@ -527,8 +526,7 @@ _ROW_REST: Final = tuple(f.name for f in fields(CatalogRow) if f.name not in _RO
 _ROW_REST_VALUES: Final = operator.attrgetter(*_ROW_REST)
 
 
-def _json(value: Any) -> str:  # noqa: ANN401 - any JSON value
-    return json.dumps(value, separators=(",", ":"))
+_json: Final = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def _row_values(row: CatalogRow) -> tuple[Any, ...]:

@@ -27,6 +27,7 @@ from kpmask.records import (
     digest,
 )
 from tasks.catalog_book import CatalogBook, Input
+from tasks.sqlite_book import full_disks
 from tasks.storage import ObjectInfo
 from tests.support import big_catalog
 
@@ -445,6 +446,17 @@ def test_what_is_lost_is_counted_by_code(book: CatalogBook) -> None:
     assert [(f.item, f.stage) for f in book.failures()] == [
         *(("a", "render"), ("a", "x"), ("b", "render"), ("c", "render"))
     ]
+
+
+def test_a_full_disk_is_said_to_be_full(tmp_path: Path) -> None:
+    with (
+        pytest.raises(StorageError) as caught,
+        full_disks(tmp_path / "book.sqlite"),
+        CatalogBook(tmp_path / "book.sqlite") as book,
+    ):
+        book._db.execute("PRAGMA max_page_count = 60")
+        fill(book, iter_grid([f"/{i}.png" for i in range(9000)], ["/v.mp4"], RowDefaults()))
+    assert (caught.value.code, caught.value.subject) == ("no_space", str(tmp_path))
 
 
 def test_memory_does_not_grow_with_the_rows(
