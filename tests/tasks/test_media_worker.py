@@ -324,9 +324,9 @@ def test_a_result_is_the_file_of_its_frames(
             driving_view=item.driving_view,
         )
         assert (out / record.key).read_bytes() == (tmp_path / f"a{SUFFIXES[form]}").read_bytes()
-        poster = picture(out / f"posters/{item.item_id}.jpg")
-        difference = np.asarray(poster).astype(int) - frames[0]
-        assert np.abs(difference).mean() < 8, "it is the first frame"
+        still = io.BytesIO()
+        Image.fromarray(frames[0]).save(still, "JPEG", quality=82)
+        assert (out / f"posters/{item.item_id}.jpg").read_bytes() == still.getvalue()
         shown = DrivingVideo(out / result_preview(record), LIMITS, side_px=SIDE_PX, min_frames=2)
         assert len(list(shown)) == 21
     worker.flush()
@@ -468,7 +468,7 @@ def adding(worker: MediaWorker, gated: Gated) -> tuple[threading.Thread, list[Ba
 
     thread = threading.Thread(target=add)
     thread.start()
-    assert eventually(lambda: len(gated.events) == CHUNKS_AHEAD)
+    assert eventually(lambda: len(gated.events) >= CHUNKS_AHEAD)
     time.sleep(0.2)  # what does not wait would be done by then
     return thread, errors
 
