@@ -218,7 +218,12 @@ class Animator:
     def encode_chunks(self, driving: Iterable[Frame], *, batch_size: int) -> Iterator[State]:
         """`encode_driving` of every `batch_size` frames; the last state may be shorter."""
         for chunk in _batched(driving, batch_size):
-            yield self.encode_driving(chunk)
+            if len(chunk) == 1 < batch_size:
+                # One image is summed in another order than several: cut otherwise, the frame
+                # would be another.
+                yield self.encode_driving(chunk * 2)[:1]
+            else:
+                yield self.encode_driving(chunk)
 
     def stream_states(
         self, source: State, chunks: Callable[[], Iterator[State]], transfer: Transfer
@@ -238,10 +243,16 @@ class Animator:
     def _begun(
         self, source: State, chunks: Iterable[State], initial: State | None, transfer: Transfer
     ) -> Iterator[Callable[[], Frames]]:
+        usual = 0  # length of a chunk
         for driving in chunks:
             if initial is None:
                 initial = driving[:1]
-            yield self.fetch(self.render(source, driving, initial=initial, transfer=transfer))
+            count = len(driving)
+            usual = usual or count
+            if count == 1 < usual:  # as in `encode_chunks`
+                driving = driving.repeat(2)
+            image_TCHW = self.render(source, driving, initial=initial, transfer=transfer)
+            yield self.fetch(image_TCHW[:count])
 
     def render_states(
         self, source: State, driving: State, *, initial: State | None, transfer: Transfer
@@ -261,9 +272,14 @@ class Animator:
         """
         return self._transfers.download(rounded(image_TCHW))
 
+    @property
+    def num_ahead(self) -> int:
+        """How many batches are best begun before one is waited for."""
+        return self._transfers.num_ahead
+
     def in_order(self, begun: Iterable[Callable[[], T]]) -> Iterator[T]:
         """What each of `begun` gives. On a GPU the next is begun before one is waited for."""
-        return in_order(begun, num_ahead=self._transfers.num_ahead)
+        return in_order(begun, num_ahead=self.num_ahead)
 
     @torch.inference_mode()
     def render(

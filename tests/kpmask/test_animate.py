@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,26 @@ def test_points_without_area_are_like_nothing() -> None:
     torch.testing.assert_close(chosen.points_BK2, states[:1].points_BK2)
     first = best_frame(source, [flat[:1], flat[1:]])  # all alike: the first
     torch.testing.assert_close(first.points_BK2, flat[:1].points_BK2)
+
+
+@pytest.mark.parametrize("precision", ["plain", "float32"])
+def test_chunks_do_not_show_to_the_last_bit(precision: Any) -> None:
+    """Of every length: a last frame alone is summed as the others are."""
+    animator = Animator(make_animator("fomm").system, device="cpu", precision=precision)
+    driving_THWC = some_frames(9)
+    source_HWC = some_frames(1)[0]
+    expected: list[np.ndarray] = []
+    for batch_size in (9, 8, 4, 3, 2):
+        drawn: list[np.ndarray] = []
+        source = animator.encode_source(source_HWC)
+        for state in animator.encode_chunks(driving_THWC, batch_size=batch_size):
+            drawn.extend(np.asarray(value) for value in state.points_BK2)  # type: ignore[attr-defined]
+        chunks = partial(animator.encode_chunks, driving_THWC, batch_size=batch_size)
+        drawn.extend(animator.stream_states(source, chunks, Transfer()))
+        expected = expected or drawn
+        assert len(drawn) == 18
+        for ours, theirs in zip(drawn, expected, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
 
 
 def test_stream_reads_no_further_than_it_must() -> None:
