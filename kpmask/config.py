@@ -49,6 +49,7 @@ class Cluster(Part):
     max_deaths: PositiveInt = 2  # an item that killed this many workers is given up
     max_attempts: PositiveInt = 3  # of an item whose error says that a retry can help
     item_timeout_s: Seconds = 3600.0
+    outage_s: Seconds = 300.0  # a store may be away for so long before the run ends
 
 
 # --- preprocess ------------------------------------------------------------------------------

@@ -1,14 +1,19 @@
 """The Ray session, and items worked on by a pool of Ray actors.
 
-A pool's actor has one item in flight, so that a dying process is blamed on exactly one item. Actors
-do not restart by themselves: a new one replaces the dead one here, and who killed too many is given
-up. (Ray Data restarts for ever, or drops whole blocks, on such an item.)
+A pool's actor has one item, or one bundle of items, in flight. Where a process dies over a bundle
+nobody knows whose fault it was, and its items are done again one by one; where it dies over one
+item, that item is to blame. Actors do not restart by themselves: a new one replaces the dead one
+here, and who killed too many is given up. (Ray Data restarts for ever, or drops whole blocks, on
+such an item.)
+
+A store that does not answer is nobody's fault: what needs it waits, for `cluster.outage_s`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import heapq
+import itertools
 import logging
 import os
 import random
@@ -19,7 +24,7 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +33,7 @@ from typing import Any, Final, Generic, Literal, Protocol, TypeVar
 from kpmask.config import Cluster
 from kpmask.errors import ConfigError, ItemError, KpmaskError, RunFailed
 from kpmask.records import Failure, Progress
+from tasks.outage import MIN_REFUSALS, Outage, pause_s, store_is_away
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +44,7 @@ MAX_BACKOFF_S: Final = 30.0
 MAX_WAIT_S: Final = 5.0
 STOP_S: Final = 0.5  # until a request to stop is seen
 STARVED_S: Final = 0.05  # until a source that had nothing is asked again
+LOOK_S: Final = 5.0  # between two looks at how large the cluster is
 CONNECT_TIMEOUT_S: Final = 10.0
 MAX_START_DEATHS: Final = 3
 MAX_CAUSE_CHARACTERS: Final = 500
@@ -169,6 +176,16 @@ class Worker(Protocol[T_contra, R_co]):
     def process(self, item: T_contra, /) -> R_co: ...
 
 
+class BundleWorker(Protocol[T_contra, R_co]):
+    """What runs in an actor: made once, then given one bundle of items after another.
+
+    `process` returns what became of each item, in their order: a result, or the error that it
+    would have raised for that item alone.
+    """
+
+    def process(self, bundle: tuple[T_contra, ...], /) -> Sequence[R_co | KpmaskError]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome(Generic[T, R]):
     """What became of an item: a result or a failure."""
@@ -204,8 +221,12 @@ def run_items(
       `Failure` of code `bug`.
     - An item whose process died `cluster.max_deaths` times is a `Failure` of code `worker_died`;
       one that takes longer than `cluster.item_timeout_s` is a `Failure` of code `timeout`.
+    - Where a store is away (`tasks.outage`) the item is tried again until it is back, which counts
+      as no attempt, for up to `cluster.outage_s`.
     - Any other `KpmaskError` ends the run: what is in flight settles and is yielded, then it is
       raised.
+    - The pool is looked after: an actor that died is replaced, and with `cluster.num_workers` None
+      there are more as soon as there is room for more.
     - Our AWS and KPMASK variables are set in the workers, wherever they run.
 
     When the caller stops early (`close`, Ctrl-C) the actors are killed. Needs `ray_session`.
@@ -228,10 +249,12 @@ def run_items(
     assert total is not None, "a source without a length needs a total"
     if total == 0:
         return
-    pool = _Pool(items, total, worker, worker_args, key, stage, cluster, stop)
+    bundles = (item if isinstance(item, Pending) else (item,) for item in items)
+    made = _Made(worker, worker_args, in_bundles=False)
+    pool: _Pool[T, R] = _Pool(bundles, total, made, _Names(stage, key, lambda _: stage), cluster)
     num_failed = 0
     try:
-        for number, outcome in enumerate(pool.outcomes(), start=1):
+        for number, outcome in enumerate(pool.outcomes(stop), start=1):
             num_failed += outcome.failure is not None
             if on_progress:
                 message = f"{num_failed} failed" if num_failed else ""
@@ -241,10 +264,59 @@ def run_items(
         pool.kill()
 
 
+def run_bundles(
+    bundles: Iterable[Sequence[T] | Pending],
+    worker: type[BundleWorker[T, R]],
+    worker_args: tuple[Any, ...],
+    *,
+    key: Callable[[T], str],
+    stage: Callable[[T], str],
+    cluster: Cluster,
+    total: int,
+    stop: threading.Event | None = None,
+    also_cpus: float = 0.0,
+) -> Iterator[Outcome[T, R]]:
+    """Work on items that go well together, as `run_items` does; an outcome for each, as they come.
+
+    - An item whose error says that a retry can help is tried again alone. Those of a bundle whose
+      store is away are tried again together.
+    - A bundle over which the process died, or a bug or an `ItemError` was raised, or that takes
+      longer than `cluster.item_timeout_s` for each of its items, is split: its items are tried
+      alone, before anything new, and what befalls one then is its own.
+
+    Args:
+        bundles: any number; only those in flight are held here. `PENDING` as for `run_items`.
+        worker: is given a tuple of items at a time.
+        key: an item's name in a `Failure`.
+        stage: an item's stage in a `Failure`.
+        cluster: workers, their resources and the limits.
+        total: how many items there are at most, in all bundles.
+        stop: set by another thread, it ends the outcomes, whatever is in flight.
+        also_cpus: what actors that each worker starts by itself take. There are only as many
+            workers as there is room for with theirs.
+
+    Raises:
+        ConfigError: the cluster has not the resources for one worker.
+        RunFailed: no worker starts, within `cluster.item_timeout_s`.
+    """
+    if total == 0:
+        return
+    made = _Made(worker, worker_args, in_bundles=True)
+    names = _Names(worker.__name__, key, stage)
+    pool: _Pool[T, R] = _Pool(bundles, total, made, names, cluster, also_cpus)
+    try:
+        yield from pool.outcomes(stop)
+    finally:
+        pool.kill()
+
+
 @dataclass(frozen=True, slots=True)
 class _Reply:
     """What an actor's method returns. Exceptions travel in it as data, so that one that does not
-    pickle can do no harm and that what `ray.get` raises is about processes only."""
+    pickle can do no harm and that what `ray.get` raises is about processes only.
+
+    The value of a bundle's "result" is a list of replies, one for each item.
+    """
 
     kind: Literal["result", "item", "abort", "bug"]
     value: Any = None
@@ -257,38 +329,59 @@ class _Settings:
     variables: Mapping[str, str] = field(repr=False)
 
 
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """How a worker is made, and whether it takes a bundle or one item."""
+
+    worker: type[Worker[Any, Any] | BundleWorker[Any, Any]]
+    args: tuple[Any, ...]
+    in_bundles: bool
+
+
 class _Host:
     """The actor: holds a worker, and answers with `_Reply`."""
 
     def __init__(self, settings: _Settings) -> None:
         os.environ.update(settings.variables)
-        self._worker: Worker[Any, Any] | None = None
+        self._worker: Any = None
+        self._in_bundles = False
 
     def up(self) -> None:
         """Returns as soon as the process runs."""
 
-    def start(self, worker: type[Worker[Any, Any]], worker_args: tuple[Any, ...]) -> _Reply:
+    def start(self, made: _Made) -> _Reply:
         def make() -> None:
-            self._worker = worker(*worker_args)
+            self._in_bundles = made.in_bundles
+            self._worker = made.worker(*made.args)
 
         return _reply_of(make)
 
-    def process(self, item: Any) -> _Reply:  # noqa: ANN401 - the worker's own type
-        assert self._worker is not None
-        worker = self._worker
-        return _reply_of(lambda: worker.process(item))
+    def process(self, items: tuple[Any, ...]) -> _Reply:
+        return _reply_of(lambda: self._replies(items))
+
+    def _replies(self, items: tuple[Any, ...]) -> list[_Reply]:
+        if not self._in_bundles:
+            return [_Reply("result", self._worker.process(item)) for item in items]
+        found = list(self._worker.process(items))
+        if len(found) != len(items):
+            raise ValueError(f"{len(found)} results of {len(items)} items")
+        return [
+            _error_reply(x) if isinstance(x, KpmaskError) else _Reply("result", x) for x in found
+        ]
 
 
 def _reply_of(call: Callable[[], Any]) -> _Reply:
     try:
         return _Reply("result", call())
-    except ItemError as error:
-        return _Reply("item", error)
     except KpmaskError as error:
-        return _Reply("abort", error)
+        return _error_reply(error)
     except Exception as error:
         log.exception("unexpected")
         return _Reply("bug", _bug_text(error))
+
+
+def _error_reply(error: KpmaskError) -> _Reply:
+    return _Reply("item" if isinstance(error, ItemError) else "abort", error)
 
 
 def _bug_text(error: Exception) -> str:
@@ -300,22 +393,33 @@ def _bug_text(error: Exception) -> str:
 
 @dataclass(slots=True, eq=False)
 class _Task(Generic[T]):
-    """An item on its way. `attempts` counts its starts."""
+    """An item on its way. `attempts` counts those starts that were its own; `refusals` is how often
+    its store was away."""
 
     index: int
     item: T
     attempts: int = 0
     deaths: int = 0
+    refusals: int = 0
 
 
 @dataclass(slots=True, eq=False)
 class _Slot(Generic[T]):
-    """An actor and what it is doing: coming up, starting its worker, or a task."""
+    """An actor and what it is doing: coming up, starting its worker, or a bundle of tasks."""
 
     actor: Any
     phase: Literal["up", "start", "process"] = "up"
-    task: _Task[T] | None = None
+    bundle: Sequence[_Task[T]] = ()
     deadline: float = float("inf")  # by time.monotonic()
+
+
+@dataclass(frozen=True, slots=True)
+class _Names(Generic[T]):
+    """What the pool, an item, and an item's stage are called."""
+
+    pool: str
+    key: Callable[[T], str]
+    stage: Callable[[T], str]
 
 
 class _Pool(Generic[T, R]):
@@ -323,46 +427,49 @@ class _Pool(Generic[T, R]):
 
     def __init__(
         self,
-        items: Iterable[T | Pending],
+        bundles: Iterable[Sequence[T] | Pending],
         total: int,
-        worker: type[Worker[T, R]],
-        worker_args: tuple[Any, ...],
-        key: Callable[[T], str],
-        stage: str,
+        made: _Made,
+        names: _Names[T],
         cluster: Cluster,
-        stop: threading.Event | None = None,
+        also_cpus: float = 0.0,
     ) -> None:
         import ray
 
-        self._stop = stop
-        self._fresh = enumerate(items)
+        self._fresh = iter(bundles)
+        self._numbers = itertools.count()
         self._exhausted = False  # no fresh item will come
         self._starved = False  # the source had none at the last look
         self._num_open = 0  # taken from the source, and not yet an outcome
-        self._key, self._stage, self._cluster = key, stage, cluster
-        # One copy in the object store, however many actors fetch it.
-        self._start_args = (ray.put(worker), ray.put(worker_args))
-        self._num_workers = _num_workers(cluster, total)
+        self._num_left = total  # not yet an outcome, at most
+        self._names, self._cluster, self._also_cpus = names, cluster, also_cpus
+        _refuse_if_none_fits(cluster, also_cpus)
+        self._made = ray.put(made)  # once in the object store, however many actors fetch it
+        self._look_at = 0.0  # by time.monotonic()
+        self._has_room = True
         self._slots: dict[Any, _Slot[T]] = {}  # by the reference that is waited for
         self._idle: list[_Slot[T]] = []
-        self._waiting: list[tuple[float, int, _Task[T]]] = []  # a heap by time
+        self._waiting: list[tuple[float, int, Sequence[_Task[T]]]] = []  # a heap by time
+        self._outage = Outage(cluster.outage_s)
         self._start_deaths = 0
+        self._start_refused = False
         self._abort: KpmaskError | None = None
         self._ready: list[Outcome[T, R]] = []
 
-    def outcomes(self) -> Iterator[Outcome[T, R]]:
-        for _ in range(self._num_workers):
-            self._add_actor()
+    def outcomes(self, stop: threading.Event | None) -> Iterator[Outcome[T, R]]:
+        longest_s = MAX_WAIT_S if stop is None else STOP_S
+        self._fill()
         while not self._settled():
-            if self._stop is not None and self._stop.is_set():
+            if stop is not None and stop.is_set():
                 return
             self._dispatch()
             if self._finished():
                 break
-            for reference in self._wait():
+            for reference in self._wait(longest_s):
                 self._handle(self._slots.pop(reference), reference)
             self._kill_late()
             self._dispatch()  # before the caller works on what follows
+            self._look()
             while self._ready:
                 yield self._ready.pop(0)
         if self._abort:
@@ -374,9 +481,45 @@ class _Pool(Generic[T, R]):
 
     def _settled(self) -> bool:
         """Whether the run was aborted and nothing is in flight any more."""
-        return self._abort is not None and not any(slot.task for slot in self._slots.values())
+        return self._abort is not None and not any(slot.bundle for slot in self._slots.values())
 
-    # --- sending
+    # --- actors
+
+    def _look(self) -> None:
+        """Now and then, see whether the cluster has grown. Who has idle actors needs no more."""
+        if time.monotonic() >= self._look_at and not self._idle:
+            self._fill()
+
+    def _fill(self) -> None:
+        """Have as many actors as are wanted now; the rest of the dead are not replaced."""
+        self._look_at = time.monotonic() + LOOK_S
+        if self._abort:
+            return
+        for _ in range(self._num_actors, self._num_wanted()):
+            self._add_actor()
+
+    @property
+    def _num_actors(self) -> int:
+        return len(self._slots) + len(self._idle)
+
+    def _num_wanted(self) -> int:
+        """One for every item that is left, as far as they fit or were asked for.
+
+        Of those that were asked for, some may be pending: this is what makes a cluster grow that
+        does so on demand. One is wanted even if none fits, and takes the next place that comes.
+        """
+        fits = num_fitting(self._cluster, self._also_cpus)
+        self._note_room(fits >= 1)
+        wanted = self._cluster.num_workers or fits
+        if self._also_cpus:  # a worker too many would take the place of another's helpers
+            wanted = min(wanted, fits)
+        left = self._num_open if self._exhausted else max(self._num_left, 1)
+        return int(min(max(wanted, 1), left))
+
+    def _note_room(self, has_room: bool) -> None:
+        if self._has_room and not has_room:
+            log.warning("%s: no worker fits into the cluster; waiting for nodes", self._names.pool)
+        self._has_room = has_room
 
     def _add_actor(self) -> None:
         import ray
@@ -391,44 +534,60 @@ class _Pool(Generic[T, R]):
         actor = host.remote(_Settings(variables))
         self._slots[actor.up.remote()] = _Slot(actor)
 
+    # --- sending
+
     def _dispatch(self) -> None:
         while self._idle and not self._abort:
-            task = self._next_task()
-            if task is None:
+            bundle = self._next_bundle()
+            if not bundle:
                 return
             slot = self._idle.pop()
-            task.attempts += 1
-            slot.phase, slot.task = "process", task
-            slot.deadline = time.monotonic() + self._cluster.item_timeout_s
-            self._slots[slot.actor.process.remote(task.item)] = slot
+            for task in bundle:
+                task.attempts += 1
+            slot.phase, slot.bundle = "process", bundle
+            slot.deadline = time.monotonic() + self._time_s(bundle)
+            self._slots[slot.actor.process.remote(tuple(task.item for task in bundle))] = slot
 
-    def _next_task(self) -> _Task[T] | None:
+    def _time_s(self, bundle: Sequence[_Task[T]]) -> float:
+        return self._cluster.item_timeout_s * max(len(bundle), 1)
+
+    def _next_bundle(self) -> Sequence[_Task[T]]:
+        """What is to be sent next; empty for nothing now."""
         if self._waiting and self._waiting[0][0] <= time.monotonic():
             return heapq.heappop(self._waiting)[2]
         self._starved = False
-        for index, item in self._fresh:
-            if isinstance(item, Pending):
+        # Else all of the source would be held here by the end of an outage.
+        if self._outage.is_on and len(self._waiting) >= 2 * self._num_actors:
+            return ()
+        for items in self._fresh:
+            if isinstance(items, Pending):
                 self._starved = True
-                return None
-            self._num_open += 1
-            return _Task(index, item)
+                return ()
+            if items:
+                self._num_open += len(items)
+                return [_Task(next(self._numbers), item) for item in items]
         self._exhausted = True
-        return None
+        return ()
+
+    def _send_later(self, bundle: Sequence[_Task[T]], delay_s: float) -> None:
+        # An item waits in one bundle only, so no two entries are alike in time and index.
+        heapq.heappush(self._waiting, (time.monotonic() + delay_s, bundle[0].index, bundle))
 
     # --- receiving
 
-    def _wait(self) -> list[Any]:
+    def _wait(self, longest_s: float) -> list[Any]:
         import ray
 
         now = time.monotonic()
         until = [slot.deadline for slot in self._slots.values()]
+        if not self._idle:
+            until.append(self._look_at)
         if self._idle and self._waiting:
             until.append(self._waiting[0][0])
         if self._idle and self._starved:
             until.append(now + STARVED_S)
-        longest_s = MAX_WAIT_S if self._stop is None else STOP_S
         timeout_s = min(max(min(until, default=now) - now, 0.01), longest_s)
-        if not self._slots:  # every actor is idle until a back-off is over
+        if not self._slots:  # every actor is idle until a back-off is over, or there is none
             time.sleep(timeout_s)
             return []
         references = list(self._slots)
@@ -451,7 +610,7 @@ class _Pool(Generic[T, R]):
         if slot.phase == "up":
             slot.phase = "start"
             slot.deadline = time.monotonic() + self._cluster.item_timeout_s
-            self._slots[slot.actor.start.remote(*self._start_args)] = slot
+            self._slots[slot.actor.start.remote(self._made)] = slot
         elif slot.phase == "start":
             self._started(slot, reply)
         else:
@@ -459,20 +618,47 @@ class _Pool(Generic[T, R]):
 
     def _started(self, slot: _Slot[T], reply: _Reply) -> None:
         if reply.kind == "result":
+            self._start_deaths = 0
+            if self._start_refused:
+                self._outage.answered()
+                self._start_refused = False
             self._release(slot)
-        elif isinstance(reply.value, KpmaskError):
-            self._abort = self._abort or reply.value
-        else:
+        elif not isinstance(reply.value, KpmaskError):
             self._fail_start(reply.value)
+        elif self._can_wait(reply.value, MIN_REFUSALS):
+            self._start_refused = True
+            _kill(slot.actor)  # the next look adds another
+        else:
+            self._abort = self._abort or reply.value
 
     def _processed(self, slot: _Slot[T], reply: _Reply) -> None:
-        task = slot.task
-        assert task is not None
+        bundle = slot.bundle
         self._release(slot)
         if reply.kind == "result":
-            self._finish(task, result=reply.value)
+            self._settle_each(bundle, reply.value)
         elif reply.kind == "abort":
-            self._abort = self._abort or reply.value
+            self._refused(bundle, reply.value)
+        elif len(bundle) > 1:
+            self._split(bundle, str(reply.value))
+        else:
+            self._settle(bundle[0], reply)
+
+    def _settle_each(self, bundle: Sequence[_Task[T]], replies: Sequence[_Reply]) -> None:
+        refused = []
+        for task, reply in zip(bundle, replies, strict=True):
+            if reply.kind == "abort":
+                refused.append((task, reply.value))
+            else:
+                self._settle(task, reply)
+        if refused:  # after the others, whose success ends an outage
+            errors = [error for _, error in refused]
+            worst = next((error for error in errors if not store_is_away(error)), errors[0])
+            self._refused([task for task, _ in refused], worst)
+
+    def _settle(self, task: _Task[T], reply: _Reply) -> None:
+        if reply.kind == "result":
+            self._outage.answered()
+            self._finish(task, result=reply.value)
         elif reply.kind == "bug":
             self._fail(task, "bug", reply.value)
         else:
@@ -482,30 +668,53 @@ class _Pool(Generic[T, R]):
             else:
                 self._fail(task, error.code, _item_cause(error), retryable=error.retryable)
 
+    def _refused(self, bundle: Sequence[_Task[T]], error: KpmaskError) -> None:
+        """A store's fault, which is waited for; anything else ends the run."""
+        if not self._can_wait(error, bundle[0].refusals + 1):
+            self._abort = self._abort or error
+            return
+        for task in bundle:
+            task.attempts -= 1
+            task.refusals += 1
+        self._send_later(bundle, pause_s(bundle[0].refusals))
+
+    def _can_wait(self, error: KpmaskError, refusals: int) -> bool:
+        return store_is_away(error) and self._outage.refused(error, refusals)
+
+    def _split(self, bundle: Sequence[_Task[T]], cause: str) -> None:
+        """Try each item alone, at once: nobody knows whose fault it was."""
+        log.warning("%s: %d items are tried one by one: %s", self._names.pool, len(bundle), cause)
+        for task in bundle:
+            task.attempts -= 1
+            self._send_later([task], 0.0)
+
     def _release(self, slot: _Slot[T]) -> None:
-        slot.task, slot.deadline = None, float("inf")
+        slot.bundle, slot.deadline = (), float("inf")
         self._idle.append(slot)
 
     def _retry(self, task: _Task[T]) -> None:
         delay_s = min(BACKOFF_S * 2.0 ** (task.attempts - 1), MAX_BACKOFF_S)
         delay_s *= _jitter.uniform(0.5, 1.0)  # so that retries do not come together
-        heapq.heappush(self._waiting, (time.monotonic() + delay_s, task.index, task))
+        self._send_later([task], delay_s)
 
     def _finish(self, task: _Task[T], *, result: R) -> None:
-        self._num_open -= 1
-        self._ready.append(Outcome(task.item, result, None))
+        self._close(Outcome(task.item, result, None))
 
     def _fail(self, task: _Task[T], code: str, cause: str, *, retryable: bool = False) -> None:
-        self._num_open -= 1
         failure = Failure(
-            item=self._key(task.item),
-            stage=self._stage,
+            item=self._names.key(task.item),
+            stage=self._names.stage(task.item),
             code=code,
             cause=cause,
             retryable=retryable,
             attempts=task.attempts,
         )
-        self._ready.append(Outcome(task.item, None, failure))
+        self._close(Outcome(task.item, None, failure))
+
+    def _close(self, outcome: Outcome[T, R]) -> None:
+        self._num_open -= 1
+        self._num_left -= 1
+        self._ready.append(outcome)
 
     # --- death
 
@@ -513,16 +722,21 @@ class _Pool(Generic[T, R]):
         """An actor died (or cannot be reached, and is killed to be sure): replace it."""
         _kill(slot.actor)
         cause = _death_cause(error)
-        log.warning("%s: a worker died: %s", self._stage, cause)
-        if slot.task is None:
-            self._start_deaths += 1
+        log.warning("%s: a worker died: %s", self._names.pool, cause)
+        if not slot.bundle:
+            self._start_deaths += "node has died" not in str(error)  # whoever was on it
             if self._start_deaths >= MAX_START_DEATHS:
                 self._fail_start(cause)
         else:
             self._start_deaths = 0
-            self._blame(slot.task, error, cause)
-        if not self._abort:
-            self._add_actor()
+            self._blame_one_of(slot.bundle, error, cause)
+        self._fill()
+
+    def _blame_one_of(self, bundle: Sequence[_Task[T]], error: Exception, cause: str) -> None:
+        if len(bundle) > 1:
+            self._split(bundle, cause)
+        else:
+            self._blame(bundle[0], error, cause)
 
     def _blame(self, task: _Task[T], error: Exception, cause: str) -> None:
         task.deaths += not getattr(error, "preempted", False)  # the machine was taken away
@@ -533,7 +747,7 @@ class _Pool(Generic[T, R]):
 
     def _fail_start(self, cause: str) -> None:
         self._abort = self._abort or RunFailed(
-            f"the workers do not start: {cause}", subject=self._stage, code="no_output"
+            f"the workers do not start: {cause}", subject=self._names.pool, code="no_output"
         )
 
     def _kill_late(self) -> None:
@@ -543,13 +757,17 @@ class _Pool(Generic[T, R]):
                 continue
             del self._slots[reference]
             _kill(slot.actor)
-            cause = f"not finished after {self._cluster.item_timeout_s:g} s"
-            if slot.task is None:
-                self._fail_start(cause)
-            else:
-                self._fail(slot.task, "timeout", cause, retryable=True)
-            if not self._abort:
-                self._add_actor()
+            self._late(slot.bundle)
+            self._fill()
+
+    def _late(self, bundle: Sequence[_Task[T]]) -> None:
+        cause = f"not finished after {self._time_s(bundle):g} s"
+        if not bundle:
+            self._fail_start(cause)
+        elif len(bundle) > 1:
+            self._split(bundle, cause)
+        else:
+            self._fail(bundle[0], "timeout", cause, retryable=True)
 
     def kill(self) -> None:
         """End every actor at once, whatever it is doing."""
@@ -559,23 +777,33 @@ class _Pool(Generic[T, R]):
         self._idle.clear()
 
 
-def _num_workers(cluster: Cluster, num_items: int) -> int:
+def num_fitting(cluster: Cluster, also_cpus: float) -> float:
+    """How many workers, with their helpers, the cluster as it is now has the resources for."""
     import ray
 
     resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
     fits = float("inf")
-    if cluster.cpus_per_worker:
-        fits = resources.get("CPU", 0.0) / cluster.cpus_per_worker
+    if cluster.cpus_per_worker + also_cpus:
+        fits = resources.get("CPU", 0.0) / (cluster.cpus_per_worker + also_cpus)
     if cluster.gpus_per_worker:
         fits = min(fits, resources.get("GPU", 0.0) / cluster.gpus_per_worker)
-    if fits < 1:
-        raise ConfigError(
-            f"Ray has {resources.get('CPU', 0.0):g} CPUs and {resources.get('GPU', 0.0):g} GPUs; "
-            f"a worker wants {cluster.cpus_per_worker:g} and {cluster.gpus_per_worker:g}",
-            subject="cluster",
-            hint="lower cpus_per_worker or gpus_per_worker",
-        )
-    return int(min(cluster.num_workers or fits, num_items))
+    return fits
+
+
+def _refuse_if_none_fits(cluster: Cluster, also_cpus: float) -> None:
+    import ray
+
+    if num_fitting(cluster, also_cpus) >= 1:
+        return
+    resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    helpers = f" (its helpers {also_cpus:g} of the CPUs)" if also_cpus else ""
+    raise ConfigError(
+        f"Ray has {resources.get('CPU', 0.0):g} CPUs and {resources.get('GPU', 0.0):g} GPUs; a "
+        f"worker wants {cluster.cpus_per_worker + also_cpus:g} and {cluster.gpus_per_worker:g}"
+        f"{helpers}",
+        subject="cluster",
+        hint="lower cpus_per_worker or gpus_per_worker",
+    )
 
 
 def _kill(actor: Any) -> None:  # noqa: ANN401 - an ActorHandle

@@ -6,9 +6,11 @@ import contextlib
 import gc
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -29,7 +31,8 @@ from kpmask.errors import (
 )
 from kpmask.records import Failure, Progress
 from tasks import cluster as cluster_module
-from tasks.cluster import Outcome, ray_session, run_items
+from tasks.cluster import PENDING, Outcome, Pending, ray_session, run_bundles, run_items
+from tests.support.ray_nodes import kill_node, ray_nodes
 from tests.support.weed import free_ports
 
 QUICK = Cluster(max_attempts=3, max_deaths=2, item_timeout_s=60)
@@ -272,6 +275,339 @@ def test_a_slow_caller_makes_nobody_late(tmp_path):
         if len(outcomes) == 2:
             time.sleep(4)
     assert failures(outcomes) == {}
+
+
+# --- bundles ---------------------------------------------------------------------------------
+
+
+class Bundled(Scripted):
+    """Does what each item of a bundle says, and notes which came together."""
+
+    def process(self, bundle: tuple[tuple[int, str], ...], /) -> list[object]:
+        with (self.folder / "bundles").open("a") as file:
+            file.write(" ".join(str(number) for number, _ in bundle) + "\n")
+        return [self.entry(item) for item in bundle]
+
+    def entry(self, item: tuple[int, str]) -> object:
+        try:
+            return super().process(item)
+        except (ItemError, StorageError) as error:
+            return error
+
+    def do_flap_2(self, number: int, attempt: int) -> str:
+        if attempt < 2:
+            raise DownloadError("try later", code="rate_limited", retryable=True)
+        return "at last"
+
+
+class Raising(Bundled):
+    """Raises, for the whole bundle, what one of its items raises."""
+
+    def entry(self, item: tuple[int, str]) -> object:
+        return Scripted.process(self, item)
+
+
+class Short(Bundled):
+    """Forgets an item of each bundle of several."""
+
+    def process(self, bundle: tuple[tuple[int, str], ...], /) -> list[object]:
+        return super().process(bundle)[: max(1, len(bundle) - 1)]
+
+
+def bundled(
+    folder: Path, bundles: list[list[str] | Pending], worker: type[Bundled] = Bundled, **more
+) -> list[Outcome]:
+    """The outcomes of bundles of commands; the items are numbered through."""
+    numbers = iter(range(100))
+    numbered = [b if b is PENDING else [(next(numbers), c) for c in b] for b in bundles]
+    total = sum(len(b) for b in numbered if b is not PENDING)
+    cluster = more.pop("cluster", QUICK)
+    outcomes = run_bundles(
+        numbered, worker, (folder,), key=name, stage=stage, cluster=cluster, total=total, **more
+    )
+    return [*outcomes]
+
+
+def stage(item: tuple[int, str]) -> str:
+    return f"stage {item[0] % 2}"
+
+
+def sent(folder: Path) -> list[list[int]]:
+    """The numbers of the items of each bundle that was started, in order."""
+    lines = (folder / "bundles").read_text().splitlines()
+    return [[int(number) for number in line.split()] for line in lines]
+
+
+ONE = Cluster(num_workers=1, item_timeout_s=60)
+
+
+def test_bundles_come_as_they_were_made(tmp_path):
+    bundles = [["square"] * 3, [], PENDING, ["square", "bad"], ["bad"]]
+    outcomes = bundled(tmp_path, bundles, cluster=ONE)
+    assert sent(tmp_path) == [[0, 1, 2], [3, 4], [5]]
+    assert [o.item[0] for o in outcomes] == [0, 1, 2, 3, 4, 5]
+    assert [o.result for o in outcomes] == [0, 1, 4, 9, None, None]
+    found = failures(outcomes)
+    assert {(f.item, f.stage, f.code) for f in found.values()} == {
+        ("bad-4", "stage 0", "truncated"),
+        ("bad-5", "stage 1", "truncated"),
+    }
+
+
+def test_no_bundles_no_work(tmp_path):
+    assert bundled(tmp_path, [[]]) == []
+
+
+@pytest.mark.parametrize("poison", ["crash", "exit"])
+def test_poison_in_a_bundle_is_found(tmp_path, poison):
+    """Its neighbours are done again at most once, and before anything new."""
+    bundles = [["square", "square", poison, "square", "square", "square"], ["square"] * 2]
+    outcomes = bundled(tmp_path, bundles, cluster=ONE)
+    (failure,) = failures(outcomes).values()
+    assert (failure.item, failure.code) == (f"{poison}-2", "worker_died")
+    assert (failure.attempts, failure.stage) == (2, "stage 0")
+    assert len(starts(tmp_path, 2)) == 3  # in the bundle, which is nobody's death, and alone
+    assert [len(starts(tmp_path, n)) for n in (0, 1, 3, 4, 5, 6, 7)] == [2, 2, 1, 1, 1, 1, 1]
+    assert {o.item[0]: o.result for o in outcomes if not o.failure} == {
+        n: n * n for n in range(8) if n != 2
+    }
+    first, *then = sent(tmp_path)
+    assert first == [0, 1, 2, 3, 4, 5]
+    assert then[:3] == [[0], [1], [2]]
+    assert sorted(then) == [[0], [1], [2], [2], [3], [4], [5], [6, 7]]
+
+
+def test_whom_a_retry_can_help_is_tried_again_alone(tmp_path):
+    outcomes = bundled(tmp_path, [["square", "flap", "never", "bad", "square"]])
+    assert {o.item[0]: o.result for o in outcomes if not o.failure} == {0: 0, 1: "at last", 4: 16}
+    found = failures(outcomes)
+    assert found["never-2"].attempts == 3
+    assert found["bad-3"].attempts == 1
+    first, *then = sent(tmp_path)
+    assert first == [0, 1, 2, 3, 4]
+    assert sorted(then) == [[1], [1], [2], [2]]
+
+
+@pytest.mark.parametrize("worker", [Bundled, Raising])
+def test_a_bug_in_a_bundle_is_one_items(tmp_path, worker):
+    outcomes = bundled(tmp_path, [["square", "bug", "square"]], worker)
+    (failure,) = failures(outcomes).values()
+    assert (failure.item, failure.code, failure.attempts) == ("bug-1", "bug", 1)
+    assert failure.cause.startswith("KeyError: 'what' at test_cluster.py:")
+    assert sorted(o.result for o in outcomes if not o.failure) == [0, 4]
+    assert sorted(sent(tmp_path)) == [[0], [0, 1, 2], [1], [2]]
+
+
+def test_an_item_error_of_a_whole_bundle_is_one_items(tmp_path):
+    outcomes = bundled(tmp_path, [["square", "bad", "flap_2"]], Raising)
+    (failure,) = failures(outcomes).values()
+    assert (failure.item, failure.code, failure.attempts) == ("bad-1", "truncated", 1)
+    assert {o.result for o in outcomes if not o.failure} == {0, "at last"}
+
+
+def test_an_item_that_a_worker_forgets_is_not_lost(tmp_path):
+    outcomes = bundled(tmp_path, [["square"] * 3], Short)
+    assert sorted(o.result for o in outcomes) == [0, 1, 4]
+    assert sorted(sent(tmp_path)) == [[0], [0, 1, 2], [1], [2]]
+
+
+def test_who_hangs_in_a_bundle_is_found(tmp_path):
+    """A bundle has the time of all its items; each then has its own."""
+    cluster = Cluster(num_workers=1, item_timeout_s=2)
+    bundles = [["slow"] * 6, ["square", "hang", "square"]]  # 3 s of work
+    outcomes = bundled(tmp_path, bundles, cluster=cluster)
+    (failure,) = failures(outcomes).values()
+    assert (failure.item, failure.code) == ("hang-7", "timeout")
+    assert failure.cause == "not finished after 2 s"
+    assert sorted(o.result for o in outcomes if not o.failure) == [0, 1, 4, 9, 16, 25, 36, 64]
+    assert sorted(sent(tmp_path)) == [[0, 1, 2, 3, 4, 5], [6], [6, 7, 8], [7], [8]]
+    assert eventually(lambda: not any(alive(pid) for pid in starts(tmp_path, 7)))
+
+
+def test_a_storage_error_in_a_bundle_ends_the_run(tmp_path):
+    bundles = [["square", "full", "square"], *[["square"]] * 50]
+    with pytest.raises(StorageError, match="no space left"):
+        bundled(tmp_path, bundles, cluster=ONE)
+    assert sent(tmp_path) == [[0, 1, 2]]
+
+
+def test_bundles_can_be_stopped(tmp_path):
+    stop = threading.Event()
+    threading.Timer(1.0, stop.set).start()
+    assert bundled(tmp_path, [["hang", "square"]], stop=stop) == []
+
+
+def test_room_for_helpers_is_counted(tmp_path):
+    """Two processors have room for one worker that takes another for its helpers."""
+    bundled(tmp_path, [["square"]] * 20, cluster=Cluster(num_workers=2), also_cpus=1.0)
+    assert len([*tmp_path.glob("made-*")]) == 1
+    with pytest.raises(ConfigError, match=r"a worker wants 2\.5 and 0 \(its helpers 1\.5 of"):
+        bundled(tmp_path, [["square"]], also_cpus=1.5)
+
+
+# --- a store that is away --------------------------------------------------------------------
+
+
+class Storing(Bundled):
+    """Needs a store, which is there as soon as a file is."""
+
+    def check(self) -> None:
+        if not (self.folder / "store").exists():
+            raise StorageError("does not answer", subject="s3://b/k", retryable=True)
+
+    def do_store(self, number: int, attempt: int) -> int:
+        self.check()
+        return number
+
+
+class StoringAll(Storing, Raising):
+    """Says so for the bundle."""
+
+
+class StoringAtStart(Storing):
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.check()
+
+
+@pytest.mark.parametrize("worker", [Storing, StoringAll, StoringAtStart])
+def test_a_store_that_comes_back_is_waited_for(tmp_path, caplog, worker):
+    """Nobody's attempt, however often; the source is not read ahead meanwhile."""
+    read = []
+
+    def source():
+        for number in range(20):
+            read.append(number)
+            yield [(2 * number, "store"), (2 * number + 1, "store")]
+
+    def back() -> None:
+        if worker is not StoringAtStart:  # more often than an item may fail
+            assert eventually(lambda: len(starts(tmp_path, 0)) > QUICK.max_attempts, within_s=60)
+            assert len(read) <= 2 * 2 + 2  # who waits, and who is in flight
+        else:
+            assert eventually(lambda: len([*tmp_path.glob("made-*")]) >= 2, within_s=60)
+        (tmp_path / "store").touch()
+
+    (tmp_path / "item-0").touch()
+    thread = threading.Thread(target=back)
+    thread.start()
+    outcomes = run_bundles(
+        source(), worker, (tmp_path,), key=name, stage=stage, cluster=QUICK, total=40
+    )
+    assert sorted(o.result for o in outcomes) == list(range(40))
+    thread.join()
+    said = [r.message for r in caplog.records if r.name == "tasks.outage"]
+    assert len(said) == 2
+    assert said[0].startswith("a store is away, waiting up to 300 s for it: s3://b/k: does not")
+    assert re.match(r"the store is back after \d+\.\d s", said[1])
+
+
+def test_those_of_a_bundle_that_were_stored_are_not_done_again(tmp_path):
+    (tmp_path / "store").touch()
+    outcomes = bundled(tmp_path, [["square", "away_once", "square", "away_once"]], AwayOnce)
+    assert {o.item[0]: o.result for o in outcomes} == {0: 0, 1: "stored", 2: 4, 3: "stored"}
+    assert sent(tmp_path) == [[0, 1, 2, 3], [1, 3]]
+    with pytest.raises(StorageError, match="no space left"):
+        bundled(tmp_path, [["square", "away_once", "full"]], AwayOnce)
+
+
+class AwayOnce(Bundled):
+    def do_away_once(self, number: int, attempt: int) -> str:
+        if attempt == 1:
+            raise StorageError("does not answer", retryable=True)
+        return "stored"
+
+
+@pytest.mark.parametrize("worker", [Storing, StoringAtStart])
+def test_a_store_that_stays_away_ends_the_run(tmp_path, worker):
+    cluster = QUICK.model_copy(update={"outage_s": 1.0})
+    bundles = [["square"], *[["store"]] * 40]
+    with pytest.raises(StorageError, match="does not answer"):
+        bundled(tmp_path, bundles, worker, cluster=cluster)
+    if worker is Storing:
+        assert len(sent(tmp_path)) < 20  # of each a few tries, and of few of them
+
+
+def test_items_wait_for_a_store_too(tmp_path):
+    outcomes = run_items(
+        [(0, "away_once"), (1, "square")], AwayOnceAlone, (tmp_path,),
+        key=name, stage="t", cluster=QUICK,
+    )  # fmt: skip
+    assert {o.item[0]: o.result for o in outcomes} == {0: "stored", 1: 1}
+    assert len(starts(tmp_path, 0)) == 2
+
+
+class AwayOnceAlone(Scripted):
+    do_away_once = AwayOnce.do_away_once
+
+
+# --- a cluster that grows and shrinks --------------------------------------------------------
+
+GROWING = """
+import sys
+from pathlib import Path
+from kpmask.config import Cluster
+from tasks.cluster import ray_session, run_bundles
+from tests.tasks.test_cluster import Waiting
+import logging
+
+logging.basicConfig(level=logging.WARNING)
+with ray_session():
+    folder = Path(sys.argv[1])
+    bundles = [[(n, "both"), (n + 1, "gate")] for n in range(0, 8, 2)]
+    for o in run_bundles(bundles, Waiting, (folder,), key=str, stage=str,
+                         cluster=Cluster(max_deaths=5), total=8):
+        print(o.item[0], o.failure, flush=True)
+"""
+
+
+class Waiting(Bundled):
+    """Its items wait for another worker, and for a file."""
+
+    def do_both(self, number: int, attempt: int) -> None:
+        assert eventually(lambda: len([*self.folder.glob("made-*")]) >= 2, within_s=120)
+
+    def do_gate(self, number: int, attempt: int) -> None:
+        assert eventually((self.folder / "gate").exists, within_s=120)
+
+
+@pytest.mark.slow
+def test_a_cluster_that_grows_shrinks_and_comes_back(tmp_path):
+    """Of one node; then two, which both work; then none; then one, that ends what was begun."""
+    ray_folder = Path(tempfile.mkdtemp(prefix="kpr", dir="/tmp"))
+    log = tmp_path / "log"
+    driver: subprocess.Popen[str] | None = None
+    try:
+        with ray_nodes(ray_folder) as nodes, log.open("w") as errors:
+            lost = [nodes.add(num_cpus=1)]
+            nodes.wait_for(2)
+            driver = subprocess.Popen(
+                [sys.executable, "-c", GROWING, str(tmp_path)],
+                env=nodes.environment
+                | {"RAY_ADDRESS": nodes.address, "PYTHONPATH": str(Path(__file__).parents[2])},
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+            assert eventually(lambda: len([*tmp_path.glob("made-*")]) == 1, within_s=120)
+            lost.append(nodes.add(num_cpus=1))
+            assert eventually(lambda: len([*tmp_path.glob("made-*")]) == 2, within_s=120)
+            for node in lost:
+                kill_node(node)
+            assert eventually(lambda: "waiting for nodes" in log.read_text(), within_s=120)
+            (tmp_path / "gate").touch()
+            nodes.add(num_cpus=1)
+            out, _ = driver.communicate(timeout=240)
+    finally:
+        if driver is not None:
+            driver.kill()
+            driver.communicate()
+        shutil.rmtree(ray_folder, ignore_errors=True)
+    assert driver.returncode == 0, log.read_text()
+    outcomes = [line for line in out.splitlines() if re.match(r"\d ", line)]  # Ray says more
+    assert sorted(outcomes) == [f"{n} None" for n in range(8)]
+    assert log.read_text().count("waiting for nodes") == 1
+    assert len([*tmp_path.glob("made-*")]) >= 3
 
 
 # --- the end of a run ------------------------------------------------------------------------
