@@ -252,6 +252,10 @@ def animate(
         bool, typer.Option("--no-credentials", help="Do not sign the results as generated (C2PA).")
     ] = False,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="auto, float32, bfloat16, or plain: the network as it was trained."),
+    ] = None,
     preset: Preset = None,
     job: JobFile = None,
     overrides: Overrides = None,
@@ -302,6 +306,7 @@ def animate(
             ),
             "credentials": {"enabled": False} if no_credentials else None,
             "device": device,
+            "precision": precision,
             "cluster": _workers(workers),
         },
     )

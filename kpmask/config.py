@@ -541,6 +541,8 @@ class AnimateJob(Part):
     audio: bool = False
     output: Output = Output()
     device: str = "auto"
+    # plain is the system as it was trained; auto is bfloat16 where frames stay what they are.
+    precision: Literal["auto", "float32", "bfloat16", "plain"] = "auto"
     batch_size: PositiveInt = 8
     limits: MediaLimits = MediaLimits()
     min_driving_frames: PositiveInt = 2

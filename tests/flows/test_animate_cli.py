@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from flows.cli import app
+from kpmask.optimize.choice import WANTED
 
 PAIR = ("--checkpoint", "demo", "--source", "s.png", "--driving", "d.mp4", "--out", "o.gif")
 
@@ -34,9 +35,17 @@ def test_flags_are_settings_of_the_output() -> None:
     assert '"feather": 0.2' in text
 
 
+def test_precision_is_what_loading_takes() -> None:
+    for wanted in WANTED:
+        shown = run("--precision", wanted, "--dry-run", "--json")
+        assert json.loads(shown.stdout)["job"]["precision"] == wanted
+    assert json.loads(run("--dry-run", "--json").stdout)["job"]["precision"] == "auto"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (("--precision", "float16"), "'auto', 'float32', 'bfloat16' or 'plain'"),
         (("--format", "avi"), "'mp4', 'webm', 'gif' or 'png'"),
         (("--crop", "nose"), "crop 'nose' is not centre, auto, face, person"),
         (("--crop", "30-0-20-9"), "no area"),
