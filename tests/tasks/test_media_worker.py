@@ -649,8 +649,8 @@ def test_remote_media(ray_cluster: None, media: Path, out: Path) -> None:
     remote.result(remote.call("flush"))
     assert noted(out) == records, "in the order of the calls"
     remote.kill()
-    with pytest.raises(WorkerError) as caught:
-        remote.result(remote.call("flush"))
+    with pytest.raises(WorkerError) as caught:  # a call may still overtake its end
+        assert eventually(lambda: remote.result(remote.call("flush")) is not None)
     assert (caught.value.code, caught.value.retryable) == ("worker_died", True)
 
 
