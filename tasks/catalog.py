@@ -35,6 +35,7 @@ from kpmask.records import AnimationItem, CatalogRow, Delivery, Failure, digest
 from tasks import hashes, storage
 from tasks.catalog_book import CatalogBook, Input
 from tasks.hashes import HashCache, Known
+from tasks.outage import patiently
 from tasks.sqlite_book import full_disks
 from tasks.storage import ObjectStore, absolute
 from tasks.weights import local_weights
@@ -84,7 +85,7 @@ def planned_catalog(job: AnimateJob, folder: Path) -> Iterator[CatalogPlan]:
         book.add_rows(_rows(job))
         book.name_rows()
         book.refuse_motions(motions)
-        _find_inputs(book, job.limits)
+        _find_inputs(book, job)
         book.make_items(
             functools.partial(_item, settings=settings),
             functools.partial(feature_ids, settings=settings),
@@ -119,6 +120,7 @@ def settings_digest(job: AnimateJob, weights_sha256: str) -> str:
             "no_subject": job.output.no_subject,
             "feather": job.output.feather,
             "credentials": provenance.identity(job.credentials),
+            "precision": job.precision,
         }
     )
 
@@ -218,8 +220,9 @@ def _item(row: CatalogRow, source_sha256: str, driving_sha256: str, settings: st
 # --- inputs ----------------------------------------------------------------------------------
 
 
-def _find_inputs(book: CatalogBook, limits: MediaLimits) -> None:
-    """Tell the book about all of its inputs.
+def _find_inputs(book: CatalogBook, job: AnimateJob) -> None:
+    """Tell the book about all of its inputs. A store that is away is waited for: to look at many
+    inputs takes hours.
 
     Raises:
         StorageError: it is the store that is at fault, not the input.
@@ -228,8 +231,9 @@ def _find_inputs(book: CatalogBook, limits: MediaLimits) -> None:
 
         def find(wanted: tuple[str, bool]) -> tuple[str, bool, Input | Failure]:
             uri, is_driving = wanted
+            look = functools.partial(_find, uri, is_driving, job.limits, cache)
             try:
-                return uri, is_driving, _find(uri, is_driving, limits, cache)
+                return uri, is_driving, patiently(look, outage_s=job.cluster.outage_s)
             except ItemError as error:
                 return uri, is_driving, failure_of(uri, catalog.STAGE, error)
 

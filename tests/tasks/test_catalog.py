@@ -14,7 +14,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 
-from kpmask.config import AnimateJob, Credentials, MediaLimits
+from kpmask.config import AnimateJob, Cluster, Credentials, MediaLimits
 from kpmask.errors import StorageError
 from kpmask.media import images
 from kpmask.media.encode import encode
@@ -278,4 +278,28 @@ def test_objects_are_fetched_once(
 def test_a_store_at_fault_ends_planning(media: Path, folders: Path, s3: str) -> None:
     rows = [f"s3://no-such-bucket-here/{i}.png,v0.mp4" for i in range(500)]
     with pytest.raises(StorageError), planned(job_of(media, catalog=table(media, *rows)), folders):
+        pass
+
+
+def test_a_store_that_is_away_is_waited_for(
+    media: Path, folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusals: Counter[str] = Counter()
+    original = hashes.version
+
+    def refusing(uri: str) -> str | None:
+        refusals[Path(uri).name] += 1
+        if refusals[Path(uri).name] <= 2:
+            raise StorageError("away", subject=uri, code="unavailable", retryable=True)
+        return original(uri)
+
+    monkeypatch.setattr(hashes, "version", refusing)
+    job = job_of(media, catalog=table(media, "s0.png,v0.mp4"))
+    with planned(job, folders) as plan:
+        assert plan.book.counts() == (1, 1, 1, 0)
+    assert min(refusals.values()) > 2
+    refusals.clear()
+    job = job_of(media, catalog=table(media, "s0.png,v0.mp4"), cluster=Cluster(outage_s=0.01))
+    refusals.update({"s0.png": -100})
+    with pytest.raises(StorageError, match="away"), planned(job, folders):
         pass
