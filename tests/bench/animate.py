@@ -16,6 +16,10 @@ one thread says more than that of the wall clock. Weights are random with batch 
 frames, or those of --weights, and the same in every process: so are the frames, and what is drawn
 is compared with the plain loop's.
 
+Latency is from one 8-bit frame to one 8-bit frame, by itself. What else bounds a catalog stands
+below: decoding and encoding alone (see `animate_media`), and on a GPU the network alone, by CUDA's
+own clock, encoding of driving frames and drawing together.
+
 GFLOP/frame are products and sums of convolutions and matrix products, twice their number of
 multiplications. The peak is the best of a matrix product and of a wide 3x3 convolution.
 """
@@ -31,7 +35,7 @@ import multiprocessing
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -43,16 +47,28 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kpmask import bundled, checkpoint
-from kpmask.animate import Animator, Frames, Transfer, fit_square, to_tensor
+from kpmask.animate import (
+    GRAPH_SIZES,
+    Animator,
+    Frames,
+    Transfer,
+    fit_square,
+    to_frames,
+    to_tensor,
+)
 from kpmask.config import TrainJob, resolve_job
 from kpmask.demo.videos import film, plan_takes
 from kpmask.device import has_bfloat16, keep_freed_memory
 from kpmask.models import build_system
 from kpmask.models.base import AnimationSystem
 from kpmask.optimize.convolve import FusedConv
+from tests.bench import animate_media
 
 PLAIN, KEPT, FLOAT32, BFLOAT16 = "plain", "plain, memory kept", "float32", "bfloat16"
-LOOPS = (PLAIN, KEPT, FLOAT32, BFLOAT16)
+EAGER = "bfloat16, no graphs"
+LOOPS = (PLAIN, KEPT, FLOAT32, BFLOAT16, EAGER)
+NETWORK_BATCHES = (16, 32)
+NETWORK_RUNS, LATENCY_RUNS = 20, 7
 MATRIX_SIDE, CONV_CHANNELS, CONV_SIDE_PX = 1536, 256, 64
 Seconds = tuple[float, float]  # of a frame: wall, processor
 
@@ -63,6 +79,8 @@ def main() -> None:
         loops = {name: stack.enter_context(_Process(name, options)) for name in _names(options)}
         results = _compare(loops, options.seconds)
     report = {"machine": _machine(options), "what": _what(options), "loops": results}
+    side_px = report["what"]["image_size_px"]
+    report["parts"] = animate_media.measured(side_px, options.seconds / 10)
     print(_table(report))
     if options.json is not None:
         options.json.write_text(json.dumps(report, indent=2) + "\n")
@@ -86,6 +104,7 @@ def _options() -> argparse.Namespace:
 def _names(options: argparse.Namespace) -> list[str]:
     kind = torch.device(options.device).type
     there = {KEPT: kind == "cpu", BFLOAT16: has_bfloat16(kind)}
+    there[EAGER] = kind == "cuda" and has_bfloat16(kind)
     chosen = options.loops or [name for name in LOOPS if there.get(name, True)]
     return [PLAIN, *(name for name in chosen if name != PLAIN)]
 
@@ -142,6 +161,7 @@ class PlainLoop:
         frames_THWC = _frames(options.frames + 1, self.system.image_size_px)
         self.source_1CHW = to_tensor(frames_THWC[:1], device=self.device)
         self.driving_TCHW = to_tensor(frames_THWC[1:])
+        self.first_1HWC = frames_THWC[1:2]
         self.drawn: list[NDArray[np.float32]] = []
 
     @torch.no_grad()
@@ -155,6 +175,17 @@ class PlainLoop:
         self.drawn = predictions
         return predictions
 
+    @torch.no_grad()
+    def draw_one(self) -> Frames:
+        """From an 8-bit frame to an 8-bit frame."""
+        driving = self.system.encode_driving(to_tensor(self.first_1HWC, device=self.device))
+        source = self.system.encode_source(self.source_1CHW)
+        return to_frames(self.system.render(source, driving).image_BCHW)
+
+    def network(self) -> dict[int, float]:
+        """Nothing: it takes no batches."""
+        return {}
+
     def exact(self) -> NDArray[np.float32]:
         """The frames before rounding, THWC."""
         return np.stack(self.drawn)
@@ -167,8 +198,12 @@ class PlainLoop:
 class OurLoop:
     """What an animator does with a stored source state and frames of a video."""
 
-    def __init__(self, options: argparse.Namespace, *, precision: Any) -> None:
-        self.animator = Animator(_system(options), device=options.device, precision=precision)
+    def __init__(
+        self, options: argparse.Namespace, *, precision: Any, graph_sizes: Sequence[int]
+    ) -> None:
+        self.animator = Animator(
+            _system(options), device=options.device, precision=precision, graph_sizes=graph_sizes
+        )
         if self.animator.precision != precision:
             raise SystemExit(f"{precision}: {self.animator.precision_check}")
         self.system = self.animator.system
@@ -182,6 +217,35 @@ class OurLoop:
             return self.animator.encode_chunks(self.driving_THWC, batch_size=self.batch_size)
 
         return list(self.animator.stream_states(self.source, chunks, Transfer()))
+
+    def draw_one(self) -> Frames:
+        """From an 8-bit frame to an 8-bit frame."""
+        driving = self.animator.encode_driving(self.driving_THWC[:1])
+        return self.animator.render_states(self.source, driving, initial=None, transfer=Transfer())
+
+    @torch.inference_mode()
+    def network(self) -> dict[int, float]:
+        """On a GPU: seconds a frame of encoding and drawing, by batch size, without the host."""
+        if self.animator.device.type != "cuda":
+            return {}
+        return {size: self._network_s(size) for size in NETWORK_BATCHES}
+
+    def _network_s(self, size: int) -> float:
+        chosen = np.resize(np.arange(len(self.driving_THWC)), size)
+        images_BCHW = to_tensor(self.driving_THWC[chosen], device=self.animator.device)
+        source = self.source.repeat(size)
+
+        def run() -> None:
+            self.system.render(source, self.system.encode_driving(images_BCHW))
+
+        run()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(NETWORK_RUNS):
+            run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000 / NETWORK_RUNS / size
 
     def exact(self) -> NDArray[np.float32]:
         driving = self.animator.encode_driving(self.driving_THWC)
@@ -242,19 +306,37 @@ def _serve(line: Connection, name: str, options: argparse.Namespace) -> None:
         torch.set_num_threads(options.threads)
     if name == KEPT:
         keep_freed_memory()
-    loop = PlainLoop(options) if name in {PLAIN, KEPT} else OurLoop(options, precision=name)
-    flop = _flop(loop, options.frames)  # first frames allocate and fill caches
-    dtype = torch.bfloat16 if name == BFLOAT16 else torch.float32
+    loop = _loop(name, options, GRAPH_SIZES if name != EAGER else ())
+    loop.draw()  # first frames allocate and fill caches
+    flop = _flop(_loop(name, options, ()), options.frames)  # nothing counts inside a graph
+    dtype = torch.bfloat16 if name in {BFLOAT16, EAGER} else torch.float32
     answers: dict[str, Callable[[], Any]] = {
         "ready": lambda: True,
         "round": lambda: tuple(s / options.frames for s in _seconds(loop.draw)),
         "frames": loop.exact,
         "first": loop.first_seconds,
+        "latency": lambda: _latency(loop),
+        "network": loop.network,
         "flop": lambda: flop,
         "peak": lambda: _peak(dtype, options.device),
     }
     while True:
         line.send(answers[line.recv()]())
+
+
+def _loop(
+    name: str, options: argparse.Namespace, graph_sizes: Sequence[int]
+) -> PlainLoop | OurLoop:
+    if name in {PLAIN, KEPT}:
+        return PlainLoop(options)
+    precision = BFLOAT16 if name == EAGER else name
+    return OurLoop(options, precision=precision, graph_sizes=graph_sizes)
+
+
+def _latency(loop: PlainLoop | OurLoop) -> Seconds:
+    loop.draw_one()
+    times = [_seconds(loop.draw_one) for _ in range(LATENCY_RUNS)]
+    return statistics.median(t[0] for t in times), statistics.median(t[1] for t in times)
 
 
 def _seconds(work: Callable[[], object]) -> Seconds:
@@ -308,6 +390,8 @@ def _compare(loops: Mapping[str, _Process], seconds: float) -> dict[str, dict[st
             **_timed(rounds[name], rounds[PLAIN]),
             **_error(loop.ask("frames"), expected_THWC),
             "source_cpu_s": loop.ask("first"),
+            **dict(zip(("latency_s", "latency_cpu_s"), loop.ask("latency"), strict=True)),
+            "network_s_per_frame": loop.ask("network"),
             "gflop_per_frame": loop.ask("flop") / 1e9,
             "peak_gflop_per_s": max(peaks[name]) / 1e9,
         }
@@ -363,9 +447,9 @@ def _table(report: dict[str, Any]) -> str:
     lines = [
         f"{what['system']} ({what['weights']}), {what['image_size_px']} px, ours in batches of "
         f"{what['batch_size']}; {machine['device']}, {machine['threads']} threads",
-        "| loop | frames/s | CPU s/frame | wall ratio | CPU ratio (range) | max error | PSNR dB "
-        "| GFLOP/frame | GFLOP/CPU s | of peak |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| loop | frames/s | CPU s/frame | wall ratio | CPU ratio (range) | latency ms (CPU) "
+        "| max error | PSNR dB | GFLOP/frame | GFLOP/CPU s | of peak |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in report["loops"].items():
         rate = row["gflop_per_frame"] / row["cpu_s_per_frame"]
@@ -374,9 +458,17 @@ def _table(report: dict[str, Any]) -> str:
         lines.append(
             f"| {name} | {1 / row['wall_s_per_frame']:.2f} | {row['cpu_s_per_frame']:.3f} "
             f"| {row['wall_ratio']:.2f} | {row['cpu_ratio']:.2f} ({low:.2f} to {high:.2f}) "
+            f"| {1e3 * row['latency_s']:.1f} ({1e3 * row['latency_cpu_s']:.1f}) "
             f"| {row['max_error']:.1e} | {psnr} | {row['gflop_per_frame']:.1f} | {rate:.0f} "
             f"| {rate / row['peak_gflop_per_s']:.0%} of {row['peak_gflop_per_s']:.0f} |"
         )
+    lines += ["| part | what | frames/s | CPU ms/frame |", "|---|---|---|---|"]
+    for name, part in report["parts"].items():
+        rate, cpu_ms = 1 / part["wall_s_per_frame"], 1e3 * part["cpu_s_per_frame"]
+        lines.append(f"| {name} | {part['what']} | {rate:.0f} | {cpu_ms:.2f} |")
+    for name, row in report["loops"].items():
+        for size, seconds in row["network_s_per_frame"].items():
+            lines.append(f"| network | {name}, batch {size} | {1 / seconds:.0f} | - |")
     return "\n".join(lines)
 
 
