@@ -370,7 +370,10 @@ def matching(pattern: str, *, folders: bool) -> list[str]:
     or with `folders` the videos: files, and deeper folders of images.
     """
     pattern = absolute(pattern)
+    if "://" in pattern and not pattern.endswith("//"):
+        pattern = pattern.rstrip("/")  # as the path of a folder
     base, rest = _split_glob(pattern)
+    found: Iterable[str]  # held once: there may be a million of them
     if not rest:
         found = _itself(pattern) or _in_folder(base, folders=folders)
     elif "://" in base:
@@ -380,20 +383,24 @@ def matching(pattern: str, *, folders: bool) -> list[str]:
     return sorted({uri for uri in found if not PurePosixPath(uri).name.startswith(".")})
 
 
-def _local_matches(base: Path, rest: str, *, folders: bool) -> list[str]:
+def _local_matches(base: Path, rest: str, *, folders: bool) -> Iterator[str]:
     try:
-        paths = list(base.glob(rest))
+        for path in base.glob(rest):
+            if path.is_file() or (folders and path.is_dir()):
+                yield str(path)
     except ValueError as error:  # `**` as a part of a name
         raise ConfigError(str(error), subject=rest) from error
-    return [str(path) for path in paths if path.is_file() or (folders and path.is_dir())]
 
 
-def _remote_matches(base: str, rest: str, *, folders: bool) -> list[str]:
-    keys = {info.key for info in storage.open_store(base).list()}
-    if folders:  # an object store has the folders that something lies in
-        keys |= {str(parent) for key in keys for parent in PurePosixPath(key).parents} - {"."}
+def _remote_matches(base: str, rest: str, *, folders: bool) -> Iterator[str]:
     patterns = rest.split("/")
-    return [f"{base}/{key}" for key in keys if _matches(key.split("/"), patterns)]
+    for info in storage.open_store(base).list():
+        # An object store has the folders that something lies in.
+        above = list(map(str, PurePosixPath(info.key).parents))[:-1] if folders else []
+        own = [] if patterns[-1] == "**" else [info.key]  # which is any number of folders
+        for key in own + above:
+            if _matches(key.split("/"), patterns):
+                yield f"{base}/{key}"
 
 
 def _split_glob(pattern: str) -> tuple[str, str]:
@@ -411,14 +418,17 @@ def _itself(uri: str) -> list[str]:
     return [uri] if store.exists(key) else []
 
 
-def _in_folder(uri: str, *, folders: bool) -> list[str]:
-    keys = [info.key for info in storage.open_store(uri).list()]
+def _in_folder(uri: str, *, folders: bool) -> Iterator[str]:
+    keys = (info.key for info in storage.open_store(uri).list())
     if folders:
-        keys = [source.key for source in find_sources(keys)]
+        keys = (source.key for source in find_sources(keys))
     else:
-        suffixes = {key: PurePosixPath(key).suffix.lower() for key in keys if "/" not in key}
-        keys = [key for key, suffix in suffixes.items() if suffix in IMAGE_SUFFIXES]
-    return [f"{uri.rstrip('/')}/{key}" for key in keys]
+        keys = (key for key in keys if "/" not in key and _is_image(key))
+    return (f"{uri.rstrip('/')}/{key}" for key in keys)
+
+
+def _is_image(key: str) -> bool:
+    return PurePosixPath(key).suffix.lower() in IMAGE_SUFFIXES
 
 
 def _matches(parts: Sequence[str], patterns: Sequence[str]) -> bool:

@@ -19,7 +19,7 @@ from kpmask.errors import StorageError
 from kpmask.media import images
 from kpmask.media.encode import encode
 from tasks import catalog, hashes
-from tasks.catalog import CatalogPlan, feature_id, feature_ids, planned_catalog
+from tasks.catalog import CatalogPlan, feature_id, feature_ids, matching, planned_catalog
 from tasks.storage import open_store
 from tests.support import big_catalog
 
@@ -303,3 +303,27 @@ def test_a_store_that_is_away_is_waited_for(
     refusals.update({"s0.png": -100})
     with pytest.raises(StorageError, match="away"), planned(job, folders):
         pass
+
+
+# --- globs -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folders", [True, False])
+@pytest.mark.parametrize(
+    "pattern",
+    ["", "*", "**", "*.png", "**/*.png", "deep/*", "deep/**/?.mp4", "*/*/*", "deep", "a.png", "x*"],
+)
+def test_a_store_matches_as_a_folder_does(
+    pattern: str, folders: bool, s3: str, tmp_path: Path
+) -> None:
+    for key in ("a.png", "b.mp4", ".h.png", "deep/1.png", "deep/er/1.png", "deep/er/2.mp4"):
+        path = tmp_path / "in" / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+        open_store(f"{s3}/in").put(key, b"x")
+    found = [
+        [uri.removeprefix(root) for uri in matching(f"{root}/{pattern}", folders=folders)]
+        for root in (f"{tmp_path}/in", f"{s3}/in")
+    ]
+    # A path has no folder of its own inside: pathlib's `**` counts the first one, too.
+    assert [uri for uri in found[0] if uri] == found[1]
