@@ -525,6 +525,14 @@ class Credentials(Part):
         return self
 
 
+class MediaWorkers(Part):
+    """Processes that decode and encode beside each worker of a catalog, which has the model."""
+
+    # None: 3 beside a GPU, else 1. With 0 the worker decodes and encodes by itself.
+    per_worker: Annotated[int, Field(ge=0)] | None = None
+    cpus: Annotated[float, Field(ge=0)] | None = None  # of each; None: 1 beside a GPU, else 0
+
+
 class AnimateJob(Part):
     """Animate one pair or a catalog."""
 
@@ -548,6 +556,7 @@ class AnimateJob(Part):
     min_driving_frames: PositiveInt = 2
     credentials: Credentials = Credentials()
     cluster: Cluster = Cluster()
+    media_workers: MediaWorkers = MediaWorkers()
     max_failed_fraction: Fraction = 0.5
 
     @model_validator(mode="after")

@@ -2,10 +2,12 @@
 
 - The results of a catalog are named by the digest of all that shapes them. A rerun lists them,
   subtracts them and makes the rest.
-- Two Ray stages: `features` (every image and driving video once), then `render` (every animation,
-  ordered by driving video). A finished item is in the journal at once; its video was uploaded
-  before. The manifest is written last, sorted by id, so that an interrupted run ends in the same
-  bytes as another.
+- What is to be made, and what became of it, is a table on this machine's disk (`CatalogBook`), so
+  that memory does not grow with the catalog. What the workers do next, `CatalogWork` says.
+- A worker notes what it has finished in parts of a table, in the store, after it has uploaded it.
+  The manifest is written last, out of all parts and sorted by id, so that an interrupted run ends
+  in the same bytes as another; then the parts are removed.
+- Two runs of one catalog take turns: the second finds that everything is done.
 - A pair needs neither Ray nor a manifest and starts at once.
 """
 
@@ -13,10 +15,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path, PurePosixPath
 from typing import Final
 
@@ -42,8 +47,10 @@ from kpmask.records import (
 from kpmask.report import GalleryMedia, gallery_page, poster_key
 from kpmask.report.gallery import POSTERS
 from tasks import storage
-from tasks.catalog import CatalogPlan, content_digest, plan_catalog
-from tasks.cluster import ray_session, run_items
+from tasks.catalog import CatalogPlan, content_digest, planned_catalog
+from tasks.catalog_book import CatalogBook
+from tasks.catalog_work import CatalogWork
+from tasks.cluster import Outcome, num_fitting, ray_session, run_bundles
 from tasks.deliver import (
     claim_of,
     credentials_key,
@@ -56,25 +63,23 @@ from tasks.deliver import (
     with_sound,
 )
 from tasks.inputs import local_media
-from tasks.manifest import (
-    Journal,
-    check_failures,
-    read_table_if_any,
-    write_json,
-    write_table,
-)
+from tasks.lease import Lease, lease
+from tasks.manifest import check_counts, iter_table_if_any, write_json, write_table
+from tasks.outage import patiently
+from tasks.parts import read_parts
 from tasks.render import (
     FEATURES,
+    JOURNAL,
+    RENDER,
     FeatureItem,
-    FeatureWorker,
-    Place,
-    RenderItem,
-    RenderWorker,
+    Made,
+    ModelWorker,
+    Work,
     WorkerSettings,
-    driving_place,
-    part_key,
-    source_place,
+    name_of,
+    stage_of,
 )
+from tasks.scratch import scratch_folder, sweep_scratch
 from tasks.storage import ObjectStore, absolute
 from tasks.weights import local_weights
 
@@ -86,9 +91,11 @@ MANIFEST: Final = "manifest.parquet"
 FAILURES: Final = "failures.parquet"
 SUMMARY: Final = "summary.json"
 PAGE: Final = "index.html"
-JOURNAL: Final = "journal/render"
-FEATURE_JOURNAL: Final = "journal/features"
+LEASE: Final = ".state/lease"
+SCRATCH: Final = "catalog"
 DELETE_THREADS: Final = 16
+DELETE_BATCH: Final = 1000
+MAX_TOLD: Final = 20  # failures in the text of a plan
 PROGRESS_EVERY_FRAMES: Final = 8
 
 
@@ -106,24 +113,17 @@ def animate_catalog(
         ConfigError: there is nothing to do, a column is wrong, or the motion is not supported.
         CheckpointError: the weights cannot be read.
         StorageError: a store denies, lacks space or does not answer; what is done is kept.
-        RunFailed: more than `max_failed_fraction` of the items failed; the others are there.
+        RunFailed: more than `max_failed_fraction` of the items failed; the others are there. Or
+            another run took this one's place.
     """
-    plan = plan_catalog(job)
     store = storage.open_store(job.out)
-    if dry_run:
-        return _manifest(store, plan, [], plan.failures, num_items=len(plan.items))
-    run = _CatalogRun(job, plan, store)
-    finished = run.finished()
-    todo = [item for item in plan.items if item.item_id not in finished]
-    made, failures = run.make(todo, on_progress) if todo else ({}, [])
-    records = sorted({**finished, **made}.values(), key=lambda record: record.item_id)
-    manifest = run.publish(records, [*plan.failures, *failures])
-    check_failures(
-        [*plan.failures, *failures],
-        len(plan.items) + len(plan.failures),
-        job.max_failed_fraction,
-    )
-    return manifest
+    sweep_scratch(SCRATCH)
+    with scratch_folder(SCRATCH) as folder, planned_catalog(job, folder) as plan:
+        if dry_run:
+            counts = plan.book.counts()
+            return _manifest(store, plan, counts.num_items, 0, counts.num_failures)
+        with lease(store, LEASE, on_wait=log.warning) as held:
+            return _CatalogRun(job, plan, store, held, on_progress).run()
 
 
 def plan(job: AnimateJob) -> list[str]:
@@ -134,140 +134,155 @@ def plan(job: AnimateJob) -> list[str]:
     """
     if job.source is not None:
         return [f"animate {job.source} by {job.driving} into {job.out}"]
-    planned = plan_catalog(job)
-    finished = _CatalogRun(job, planned, storage.open_store(job.out)).finished()
-    num_sources = len({item.source_sha256 for item in planned.items})
-    num_drivings = len({item.driving_sha256 for item in planned.items})
-    return [
-        f"{len(planned.items)} animations of {num_sources} images by {num_drivings} videos",
-        f"{len(finished)} are there already, {len(planned.items) - len(finished)} to do",
-        *(f"cannot be done: {f.item}: {f.code}: {f.cause}" for f in planned.failures),
-    ]
+    store = storage.open_store(job.out)
+    with scratch_folder(SCRATCH) as folder, planned_catalog(job, folder) as planned:
+        book = planned.book
+        _take_stock(book, store)
+        counts, todo = book.counts(), book.num_todo()
+        told = itertools.islice(book.failures(), MAX_TOLD)
+        more = counts.num_failures - MAX_TOLD
+        return [
+            f"{counts.num_items} animations of {counts.num_sources} images by {counts.num_drivings} videos",
+            f"{counts.num_items - todo} are there already, {todo} to do",
+            *(f"cannot be done: {f.item}: {f.code}: {f.cause}" for f in told),
+            *([f"and {more} more that cannot be done"] if more > 0 else []),
+        ]
 
 
 class _CatalogRun:
     """One run over a planned catalog."""
 
-    def __init__(self, job: AnimateJob, plan: CatalogPlan, store: ObjectStore) -> None:
+    def __init__(
+        self,
+        job: AnimateJob,
+        plan: CatalogPlan,
+        store: ObjectStore,
+        held: Lease,
+        on_progress: OnProgress | None,
+    ) -> None:
         self._job = job
         self._plan = plan
+        self._book = plan.book
         self._store = store
-        self._journal = Journal(store, JOURNAL, AnimationRecord)
-        self._feature_journal = Journal(store, FEATURE_JOURNAL, FeatureRecord)
-        self._settings = WorkerSettings.of(job)
+        self._held = held
+        self._on_progress = on_progress or (lambda progress: None)
+        self._totals: dict[str, int] = {}  # by stage, as the next three
+        self._num_over: Counter[str] = Counter()
+        self._num_failed: Counter[str] = Counter()
 
-    def finished(self) -> dict[str, AnimationRecord]:
-        """Records, by id, of the planned items that an earlier run made and that are there."""
-        known = {r.item_id: r for r in self._earlier()} | self._journal.done()
-        sizes_bytes = {info.key: info.size_bytes for info in self._store.list()}
-        return {
-            # Names and paths are this catalog's own; the content is what the id says.
-            item.item_id: dataclasses.replace(
-                known[item.item_id], name=item.name, source=item.source, driving=item.driving
-            )
-            for item in self._plan.items
-            if item.item_id in known and _is_there(known[item.item_id], sizes_bytes)
-        }
-
-    def _earlier(self) -> list[AnimationRecord]:
-        return read_table_if_any(self._store, MANIFEST, AnimationRecord) or []
-
-    def make(
-        self, todo: Sequence[AnimationItem], on_progress: OnProgress | None
-    ) -> tuple[dict[str, AnimationRecord], list[Failure]]:
-        """Make these items; their records by id, and the failures."""
-        with ray_session():
-            features, failures = self._features(todo, on_progress)
-            works = [work for item in todo if (work := _render_item(item, features)) is not None]
-            records: dict[str, AnimationRecord] = {}
-            for outcome in run_items(
-                works,
-                RenderWorker,
-                (self._settings,),
-                key=lambda work: work.item.name,
-                stage="render",
-                cluster=self._job.cluster,
-                on_progress=on_progress,
-            ):
-                if outcome.result is not None:
-                    self._journal.add(outcome.result.item_id, outcome.result)
-                    records[outcome.result.item_id] = outcome.result
-                elif outcome.failure is not None:
-                    failures.append(outcome.failure)
-        return records, failures
-
-    def _features(
-        self, todo: Sequence[AnimationItem], on_progress: OnProgress | None
-    ) -> tuple[dict[Place, FeatureRecord], list[Failure]]:
-        """Features by place, and a failure of each item that lacks one."""
-        wanted = self._wanted_features(todo)
-        known = self._known_features()
-        features: dict[Place, FeatureRecord] = {
-            w.place: known[w.feature_id] for w in wanted if w.feature_id in known
-        }
-        broken: dict[Place, Failure] = {}
-        for outcome in run_items(
-            [w for w in wanted if w.feature_id not in known],
-            FeatureWorker,
-            (self._settings,),
-            key=lambda feature: feature.uri,
-            stage=FEATURES,
-            cluster=self._job.cluster,
-            on_progress=on_progress,
-        ):
-            place = outcome.item.place
-            if outcome.result is not None:
-                self._feature_journal.add(outcome.item.feature_id, outcome.result)
-                features[place] = outcome.result
-            elif outcome.failure is not None:
-                broken[place] = outcome.failure
-        return features, _blamed(todo, broken)
-
-    def _known_features(self) -> dict[str, FeatureRecord]:
-        """Features that an interrupted run left behind, whole."""
-        keys = {info.key for info in self._store.list(f"{FEATURES}/")}
-        return {
-            feature_id: record
-            for feature_id, record in self._feature_journal.done().items()
-            if all(part_key(feature_id, number) in keys for number in range(record.num_parts))
-        }
-
-    def _wanted_features(self, todo: Sequence[AnimationItem]) -> list[FeatureItem]:
-        """Each image and each driving video once (for each way that it is cut and paced); the
-        videos first, which take longest.
-        """
-        digest = self._plan.settings_digest
-        drivings = {
-            driving_place(item): FeatureItem.of(
-                "driving", item.driving, item.driving_sha256, digest, item
-            )
-            for item in todo
-        }
-        sources = {
-            source_place(item): FeatureItem.of(
-                "source", item.source, item.source_sha256, digest, item
-            )
-            for item in todo
-        }
-        return [*drivings.values(), *sources.values()]
-
-    def publish(
-        self, records: Sequence[AnimationRecord], failures: Sequence[Failure]
-    ) -> CatalogManifest:
-        """Tables, summary and page; the manifest last. Then what only the run needed is removed."""
-        store, metadata = self._store, {"settings_digest": self._plan.settings_digest}
-        failures = sorted(failures, key=lambda f: (f.item, f.stage, f.code))
-        manifest = _manifest(store, self._plan, records, failures, num_items=len(records))
-        write_table(store, FAILURES, failures, Failure, metadata=metadata)
-        write_json(store, SUMMARY, manifest)
-        store.put(PAGE, gallery(store, manifest, records, failures).encode())
-        write_table(store, MANIFEST, records, AnimationRecord, metadata=metadata)
-        self._journal.clear()
-        self._feature_journal.clear()
-        keys = [info.key for info in store.list(f"{FEATURES}/")]
-        with ThreadPoolExecutor(DELETE_THREADS) as pool:
-            list(pool.map(store.delete, keys))
+    def run(self) -> CatalogManifest:
+        outage_s = self._job.cluster.outage_s
+        patiently(lambda: _take_stock(self._book, self._store), outage_s=outage_s)
+        if self._book.num_todo():
+            with ray_session():
+                self._make()
+        manifest = patiently(self._publish, outage_s=outage_s)
+        codes, first = self._book.lost()
+        total = manifest.num_items + manifest.num_failures
+        check_counts(codes, first, total, self._job.max_failed_fraction)
         return manifest
+
+    # --- making
+
+    def _make(self) -> None:
+        settings, cluster = WorkerSettings.of(self._job), self._job.cluster
+        num_todo = self._book.num_todo()
+        also_cpus = settings.media_workers * settings.cpus_per_media_worker
+        work = CatalogWork(
+            self._book,
+            self._store,
+            settings_digest=self._plan.settings_digest,
+            num_workers=cluster.num_workers or int(num_fitting(cluster, also_cpus)),
+            first_bundle=max(1, settings.media_workers),
+            on_lost=self._lost,
+        )
+        self._totals = {FEATURES: work.num_features, RENDER: num_todo}
+        with closing(work):
+            outcomes: Iterator[Outcome[Work, Made]] = run_bundles(
+                work.bundles(),
+                ModelWorker,
+                (settings,),
+                key=name_of,
+                stage=stage_of,
+                cluster=cluster,
+                total=work.num_features + num_todo,
+                also_cpus=also_cpus,
+            )
+            for outcome in outcomes:
+                self._held.check()
+                self._settle(work, outcome)
+
+    def _settle(self, work: CatalogWork, outcome: Outcome[Work, Made]) -> None:
+        """Note what became of a state or an animation."""
+        item, made, failure = outcome.item, outcome.result, outcome.failure
+        if isinstance(item, FeatureItem):
+            found = made if failure is None else failure
+            assert isinstance(found, FeatureRecord | Failure)
+            work.feature_over(item, found)
+        else:
+            if failure is not None:
+                self._book.set_failed(item.item.item_id, failure)
+            else:
+                assert isinstance(made, AnimationRecord)
+                self._book.set_done(made)
+            work.animation_over(item, made=failure is None)
+        self._tell(stage_of(item), failed=failure is not None)
+
+    def _lost(self, item: AnimationItem, failure: Failure) -> None:
+        """Note an animation whose image or driving video cannot be used."""
+        self._book.set_failed(item.item_id, failure)
+        self._tell(RENDER, failed=True)
+
+    def _tell(self, stage: str, *, failed: bool) -> None:
+        self._num_over[stage] += 1
+        self._num_failed[stage] += failed
+        message = f"{self._num_failed[stage]} failed" if self._num_failed[stage] else ""
+        self._on_progress(Progress(stage, self._num_over[stage], self._totals[stage], message))
+
+    # --- publishing
+
+    def _publish(self) -> CatalogManifest:
+        """Tables, summary and page; the manifest last. Then what only the run needed is removed."""
+        self._held.check()
+        store, book = self._store, self._book
+        metadata = {"settings_digest": self._plan.settings_digest}
+        manifest = _manifest(store, self._plan, *book.totals())
+        write_table(store, FAILURES, book.failures(), Failure, metadata=metadata)
+        write_json(store, SUMMARY, manifest)
+        page = gallery(store, manifest, book.records(), book.failures())
+        store.put(PAGE, page.encode())
+        write_table(store, MANIFEST, book.records(), AnimationRecord, metadata=metadata)
+        for prefix in (JOURNAL, FEATURES):
+            _remove_all(store, f"{prefix}/")
+        return manifest
+
+
+def _take_stock(book: CatalogBook, store: ObjectStore) -> None:
+    """Find what earlier runs made and what is still there of it."""
+    store.sweep()
+    book.add_records(iter_table_if_any(store, MANIFEST, AnimationRecord))
+    book.add_records(read_parts(store, JOURNAL, AnimationRecord))
+    book.check_present(store.list(), _shown_with)
+
+
+def _shown_with(record: AnimationRecord) -> list[str]:
+    """Where the things lie that belong to a result."""
+    keys = [
+        source_preview(record.source_sha256),
+        driving_preview(record.driving_sha256, record.driving_view),
+        result_preview(record),
+        poster_key(record.item_id),
+    ]
+    beside = credentials_key(record.key, record.credentials)
+    return keys if beside is None else [*keys, beside]
+
+
+def _remove_all(store: ObjectStore, prefix: str) -> None:
+    keys = (info.key for info in store.list(prefix))
+    with ThreadPoolExecutor(DELETE_THREADS) as pool:
+        # In batches, since a pool holds all that it is given.
+        while batch := list(itertools.islice(keys, DELETE_BATCH)):
+            list(pool.map(store.delete, batch))
 
 
 def gallery(
@@ -308,50 +323,16 @@ def item_media(record: AnimationRecord, *, posters: bool = False) -> GalleryMedi
 
 
 def _manifest(
-    store: ObjectStore,
-    plan: CatalogPlan,
-    records: Sequence[AnimationRecord],
-    failures: Sequence[Failure],
-    *,
-    num_items: int,
+    store: ObjectStore, plan: CatalogPlan, num_items: int, num_frames: int, num_failures: int
 ) -> CatalogManifest:
     return CatalogManifest(
         uri=store.uri,
         settings_digest=plan.settings_digest,
         weights_sha256=plan.weights_sha256,
         num_items=num_items,
-        num_frames=sum(record.num_frames for record in records),
-        num_failures=len(failures),
+        num_frames=num_frames,
+        num_failures=num_failures,
     )
-
-
-def _is_there(record: AnimationRecord, sizes_bytes: dict[str, int]) -> bool:
-    """Whether the result is in the store as it was recorded, and what the gallery shows with it."""
-    previews = (
-        source_preview(record.source_sha256),
-        driving_preview(record.driving_sha256, record.driving_view),
-        result_preview(record),
-        *filter(None, [credentials_key(record.key, record.credentials)]),
-    )
-    whole = sizes_bytes.get(record.key) == record.size_bytes
-    return whole and all(key in sizes_bytes for key in previews)
-
-
-def _render_item(item: AnimationItem, features: dict[Place, FeatureRecord]) -> RenderItem | None:
-    source = features.get(source_place(item))
-    driving = features.get(driving_place(item))
-    return None if source is None or driving is None else RenderItem(item, source, driving)
-
-
-def _blamed(todo: Sequence[AnimationItem], broken: dict[Place, Failure]) -> list[Failure]:
-    """A failure for each item whose image or driving video has none; the image's comes first."""
-    failures = []
-    for item in todo:
-        failure = broken.get(source_place(item)) or broken.get(driving_place(item))
-        if failure is not None:
-            cause = f"{failure.item}: {failure.cause}"
-            failures.append(dataclasses.replace(failure, item=item.name, cause=cause))
-    return failures
 
 
 # --- one pair --------------------------------------------------------------------------------
@@ -370,7 +351,8 @@ def animate_pair(job: AnimateJob, *, on_progress: OnProgress | None = None) -> E
     delivery = delivery_of_pair(job)
     store, key = storage.open_object(absolute(job.out))
     settings = WorkerSettings.of(job)
-    animator = Animator.load(local_weights(job.checkpoint), device=job.device)
+    weights = local_weights(job.checkpoint)
+    animator = Animator.load(weights, device=job.device, precision=job.precision)
     Transfer(job.motion, job.adapt_scale, job.best_frame).check(animator.system)
     side_px = animator.image_size_px
     with (

@@ -1,60 +1,48 @@
-"""What the workers of a catalog do: features of one image or video, and one animation.
+"""What the workers of a catalog do with the model: states of images and videos, and animations.
 
-- Features go to the output store, in parts of a few hundred frames, so that every machine can read
-  them, memory stays flat, and a rerun finds them again. They are removed when the catalog is done.
-- With the features come the small copies that the gallery shows; the same pass over the driving
-  video makes both.
+- A worker owns the model and a few media workers, processes without one: they decode what it
+  looks at and encode what it draws. So decoding, drawing and encoding go on at the same time, and
+  each has as many processes as it needs. Between them wait a few dozen frames, not more.
+- States go to the output store, in parts of a few hundred frames, so that every machine can read
+  them, memory stays flat, and a rerun finds them again. They are removed when nothing needs them.
+- A worker is given several items at once. The frames of several animations go through the model
+  together, so that short videos fill a device.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import tempfile
-from collections.abc import Iterable, Iterator
+import json
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final, Literal
 
 import safetensors.torch
 from safetensors import safe_open
 
 from kpmask import provenance
-from kpmask.animate import Animator, Frame, Transfer, fit_square, state_tensors
+from kpmask.animate import Animator, Frame, Transfer, best_frame, state_tensors
 from kpmask.certificates import Signer
-from kpmask.compose import cut, source_crop
 from kpmask.config import AnimateJob, MediaLimits, Output
-from kpmask.media import formats, images
-from kpmask.media.encode import encode
+from kpmask.errors import ItemError, KpmaskError
 from kpmask.models.base import State
-from kpmask.records import (
-    SOUNDLESS,
-    SUFFIXES,
-    AnimationItem,
-    AnimationRecord,
-    Delivery,
-    FeatureRecord,
-    digest,
-)
+from kpmask.optimize import Wanted
+from kpmask.records import AnimationItem, AnimationRecord, Delivery, FeatureRecord, as_dict
 from tasks import storage
-from tasks.deliver import (
-    PREVIEW_CRF,
-    claim_of,
-    delivered,
-    driving_preview,
-    open_driving,
-    publish,
-    put_preview,
-    result_key,
-    source_preview,
-    with_sound,
-)
-from tasks.inputs import ID_LENGTH, local_media
+from tasks.catalog import feature_id
+from tasks.lanes import CHUNK_FRAMES, Call, Drawing, Renderer, Slot
+from tasks.media_worker import DrivingFacts, LocalMedia, Media, MediaSettings, RemoteMedia
 from tasks.storage import ObjectStore, absolute
 from tasks.weights import local_weights, reference
 
 FRAMES_PER_PART: Final = 256
 FEATURES: Final = "features"
+JOURNAL: Final = "journal"
+RENDER: Final = "render"
+READ_AHEAD: Final = 2  # chunks that a media worker decodes ahead
+GPU_MEDIA_WORKERS: Final = 3  # beside a worker: an encoder is slower than a GPU
+CPU_MEDIA_WORKERS: Final = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,29 +52,38 @@ class WorkerSettings:
     checkpoint: str
     out: str
     device: str
+    precision: Wanted
     batch_size: int
     limits: MediaLimits
     min_driving_frames: int
     output: Output
     signer: Signer | None  # of the content credentials
+    media_workers: int  # 0: the worker decodes and encodes by itself
+    cpus_per_media_worker: float
 
     @classmethod
     def of(cls, job: AnimateJob) -> WorkerSettings:
+        on_gpu, media = job.cluster.gpus_per_worker > 0, job.media_workers
+        usual = GPU_MEDIA_WORKERS if on_gpu else CPU_MEDIA_WORKERS
         return cls(
             checkpoint=reference(job.checkpoint),
             out=absolute(job.out),
             device=job.device,
+            precision=job.precision,
             batch_size=job.batch_size,
             limits=job.limits,
             min_driving_frames=job.min_driving_frames,
             output=job.output,
             signer=provenance.open_signer(job.credentials),
+            media_workers=usual if media.per_worker is None else media.per_worker,
+            cpus_per_media_worker=float(on_gpu) if media.cpus is None else media.cpus,
         )
 
 
+# --- items -----------------------------------------------------------------------------------
+
 PLAIN: Final = Delivery()
 Kind = Literal["source", "driving"]
-Place = tuple[Kind, str, str]  # kind, content, and how it is cut and paced
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,27 +104,15 @@ class FeatureItem:
         settings: digest of what shapes every state of the job, the weights among it.
         delivery: how the image is cut, or the video cut and paced.
         """
-        wanted = {"place": _place(kind, sha256, delivery), "settings": settings}
-        return cls(digest(wanted)[:ID_LENGTH], kind, uri, sha256, delivery)
-
-    @property
-    def place(self) -> Place:
-        """What tells it from the job's other features."""
-        return _place(self.kind, self.sha256, self.delivery)
+        return cls(feature_id(kind, sha256, delivery, settings), kind, uri, sha256, delivery)
 
 
-def source_place(item: AnimationItem) -> Place:
-    """Which feature of an image an animation needs."""
-    return _place("source", item.source_sha256, item)
-
-
-def driving_place(item: AnimationItem) -> Place:
-    """Which feature of a video an animation needs."""
-    return _place("driving", item.driving_sha256, item)
-
-
-def _place(kind: Kind, sha256: str, delivery: Delivery) -> Place:
-    return kind, sha256, delivery.crop if kind == "source" else delivery.driving_view
+def features_of(item: AnimationItem, settings: str) -> tuple[FeatureItem, FeatureItem]:
+    """The states that an animation is made from: its image's and its driving video's."""
+    return (
+        FeatureItem.of("source", item.source, item.source_sha256, settings, item),
+        FeatureItem.of("driving", item.driving, item.driving_sha256, settings, item),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,84 +124,51 @@ class RenderItem:
     driving: FeatureRecord
 
 
+Work = FeatureItem | RenderItem
+Made = FeatureRecord | AnimationRecord
+
+
+def name_of(work: Work) -> str:
+    return work.uri if isinstance(work, FeatureItem) else work.item.name
+
+
+def stage_of(work: Work) -> str:
+    return FEATURES if isinstance(work, FeatureItem) else RENDER
+
+
+# --- stored states ---------------------------------------------------------------------------
+
+
 def part_key(feature_id: str, number: int) -> str:
     """Where a part of a stored state lies."""
     return f"{FEATURES}/{feature_id}/part-{number:05d}.safetensors"
 
 
-# --- features --------------------------------------------------------------------------------
+def record_key(feature_id: str) -> str:
+    """Where the record of a stored state lies: written last, so that what has it is whole."""
+    return f"{FEATURES}/{feature_id}/record.json"
 
 
-class FeatureWorker:
-    """Source and driving states into the store; the model is loaded once."""
+def stored_features(store: ObjectStore) -> Iterator[FeatureRecord]:
+    """The states that are there, whole."""
+    for info in store.list(f"{FEATURES}/"):
+        if info.key.endswith("/record.json"):
+            yield FeatureRecord(**json.loads(store.get(info.key)))
 
-    def __init__(self, settings: WorkerSettings) -> None:
-        self._settings = settings
-        self._store = storage.open_store(settings.out)
-        self._animator = _load(settings)
 
-    def process(self, item: FeatureItem) -> FeatureRecord:
-        """Encode one image or video and store its state and its preview.
-
-        Raises:
-            MediaError: it cannot be read, or is too short.
-        """
-        with local_media(item.uri) as path:
-            return self._source(item, path) if item.kind == "source" else self._driving(item, path)
-
-    def _source(self, item: FeatureItem, path: Path) -> FeatureRecord:
-        settings = self._settings
-        image_HWC = images.read_image(path, settings.limits)
-        crop_px = source_crop(image_HWC, item.delivery.crop, settings.output, settings.limits)
-        parts = _PartWriter(self._store, item.feature_id)
-        parts.add(self._animator.encode_source(cut(image_HWC, crop_px)))
-        shown_HWC = fit_square(image_HWC, self._animator.image_size_px)
-        self._store.put(source_preview(item.sha256), images.encode_jpeg(shown_HWC, quality=85))
-        return FeatureRecord(
-            feature_id=item.feature_id,
-            kind="source",
-            sha256=item.sha256,
-            num_parts=parts.close(),
-            num_frames=1,
-            num_frames_lost=0,
-            fps=0.0,
-        )
-
-    def _driving(self, item: FeatureItem, path: Path) -> FeatureRecord:
-        driving = open_driving(
-            path, self._settings, item.delivery, side_px=self._animator.image_size_px
-        )
-        parts = _PartWriter(self._store, item.feature_id)
-        with tempfile.TemporaryDirectory(prefix="kpmask-") as folder:
-            preview = Path(folder) / "preview.mp4"
-            frames = self._encoded(driving, parts)
-            encode(preview, frames, fps=driving.fps, crf=PREVIEW_CRF)
-            key = driving_preview(item.sha256, item.delivery.driving_view)
-            self._store.put_file(key, preview)
-        return FeatureRecord(
-            feature_id=item.feature_id,
-            kind="driving",
-            sha256=item.sha256,
-            num_parts=parts.close(),
-            num_frames=driving.num_frames,
-            num_frames_lost=driving.num_frames_lost,
-            fps=driving.fps,
-        )
-
-    def _encoded(self, frames: Iterable[Frame], parts: _PartWriter) -> Iterator[Frame]:
-        """The frames themselves; on their way their states go to `parts`."""
-        iterator = iter(frames)
-        while chunk := list(itertools.islice(iterator, self._settings.batch_size)):
-            parts.add(self._animator.encode_driving(chunk))
-            yield from chunk
+def remove_feature(store: ObjectStore, record: FeatureRecord) -> None:
+    """Remove a state that nothing needs any more; its record goes first."""
+    store.delete(record_key(record.feature_id))
+    for number in range(record.num_parts):
+        store.delete(part_key(record.feature_id, number))
 
 
 class _PartWriter:
     """States, as they come, in objects of `FRAMES_PER_PART` entries or a few more."""
 
-    def __init__(self, store: ObjectStore, feature_id: str) -> None:
+    def __init__(self, store: ObjectStore, item: FeatureItem) -> None:
         self._store = store
-        self._feature_id = feature_id
+        self._item = item
         self._states: list[State] = []
         self._num_parts = 0
 
@@ -225,84 +177,146 @@ class _PartWriter:
         if sum(len(state) for state in self._states) >= FRAMES_PER_PART:
             self._flush()
 
-    def close(self) -> int:
-        """Store what is left; the number of parts."""
+    def close(self, facts: DrivingFacts) -> FeatureRecord:
+        """Store what is left, and the record."""
         if self._states:
             self._flush()
-        return self._num_parts
+        record = FeatureRecord(
+            feature_id=self._item.feature_id,
+            kind=self._item.kind,
+            sha256=self._item.sha256,
+            num_parts=self._num_parts,
+            num_frames=facts.num_frames,
+            num_frames_lost=facts.num_frames_lost,
+            fps=facts.fps,
+        )
+        self._store.put(record_key(record.feature_id), json.dumps(as_dict(record)).encode())
+        return record
 
     def _flush(self) -> None:
         state = type(self._states[0]).cat(self._states)
         data = safetensors.torch.save(state_tensors(state))
-        self._store.put(part_key(self._feature_id, self._num_parts), data)
+        self._store.put(part_key(self._item.feature_id, self._num_parts), data)
         self._states.clear()
         self._num_parts += 1
 
 
-# --- animations ------------------------------------------------------------------------------
+# --- the worker ------------------------------------------------------------------------------
+
+ONE_IMAGE: Final = DrivingFacts(num_frames=1, num_frames_lost=0, fps=0.0)
 
 
-class RenderWorker:
-    """Animations from stored features; the model is loaded once."""
+class ModelWorker:
+    """States and animations; the model is loaded once."""
 
     def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
         self._store = storage.open_store(settings.out)
-        self._animator = _load(settings)
+        weights = local_weights(settings.checkpoint)
+        self._animator = Animator.load(
+            weights, device=settings.device, precision=settings.precision
+        )
+        self._slots = [Slot(self._new_media) for _ in range(max(settings.media_workers, 1))]
 
-    def process(self, work: RenderItem) -> AnimationRecord:
-        """Draw, encode and upload one animation.
+    def _new_media(self) -> Media:
+        settings = self._settings
+        wanted = MediaSettings(
+            out=settings.out,
+            limits=settings.limits,
+            min_driving_frames=settings.min_driving_frames,
+            output=settings.output,
+            signer=settings.signer,
+            side_px=self._animator.image_size_px,
+            weights_sha256=self._animator.weights_sha256,
+            journal=JOURNAL,
+        )
+        if not settings.media_workers:
+            return LocalMedia.start(wanted)
+        return RemoteMedia.start(wanted, num_cpus=settings.cpus_per_media_worker)
+
+    def process(self, bundle: Sequence[Work]) -> Sequence[Made | KpmaskError]:
+        """States, or animations; for each its record, or why there is none.
 
         Raises:
-            MediaError: encoding or copying the sound failed.
+            StorageError: the store denies, lacks space or does not answer.
         """
+        features = [work for work in bundle if isinstance(work, FeatureItem)]
+        animations = [work for work in bundle if isinstance(work, RenderItem)]
+        assert not (features and animations), "a bundle is of one kind"
+        try:
+            return self._animations(animations) if animations else self._features(features)
+        except KpmaskError:
+            for slot in self._slots:  # the next bundle finds them idle
+                slot.call("abandon")
+            raise
+
+    # --- states
+
+    def _features(self, items: Sequence[FeatureItem]) -> list[FeatureRecord | ItemError]:
+        # Of all images at once, so that they are decoded ahead.
+        images = {
+            item.feature_id: (slot, slot.call("read_source", item.uri, item.sha256, item.delivery))
+            for item, slot in zip(items, itertools.cycle(self._slots), strict=False)
+            if item.kind == "source"
+        }
+        made: list[FeatureRecord | ItemError] = []
+        for item in items:
+            try:
+                read = images.get(item.feature_id)
+                made.append(self._driving(item) if read is None else self._source(item, *read))
+            except ItemError as error:
+                made.append(error)
+        return made
+
+    def _source(self, item: FeatureItem, slot: Slot, read: Call) -> FeatureRecord:
+        image_HWC: Frame = slot.result(read)
+        parts = _PartWriter(self._store, item)
+        parts.add(self._animator.encode_source(image_HWC))
+        return parts.close(ONE_IMAGE)
+
+    def _driving(self, item: FeatureItem) -> FeatureRecord:
+        slot = self._slots[0]
+        parts = _PartWriter(self._store, item)
+        batch_size = self._settings.batch_size
+        try:
+            slot.result(slot.call("open_driving", item.uri, item.sha256, item.delivery))
+            for state in self._animator.encode_chunks(self._frames(slot), batch_size=batch_size):
+                parts.add(state)
+            return parts.close(slot.result(slot.call("close_driving")))
+        except ItemError:
+            slot.call("abandon")
+            raise
+
+    def _frames(self, slot: Slot) -> Iterator[Frame]:
+        """The frames of the open driving video; the next ones are decoded meanwhile."""
+        ahead = deque(slot.call("read", CHUNK_FRAMES) for _ in range(READ_AHEAD))
+        while len(frames_THWC := slot.result(ahead.popleft())):
+            ahead.append(slot.call("read", CHUNK_FRAMES))
+            yield from frames_THWC
+        while ahead:
+            slot.result(ahead.popleft())
+
+    # --- animations
+
+    def _animations(self, works: Sequence[RenderItem]) -> list[AnimationRecord | ItemError]:
+        renderer = Renderer(self._animator, self._slots, batch_size=self._settings.batch_size)
+        made = renderer.run(map(self._drawing, works))
+        for slot, flushed in [(slot, slot.call("flush")) for slot in self._slots]:
+            slot.result(flushed)
+        return made
+
+    def _drawing(self, work: RenderItem) -> Drawing:
         item = work.item
         transfer = Transfer(item.motion, item.adapt_scale, item.best_frame)
-        frames: Iterator[Frame] = self._animator.stream_states(
-            self._source(work.source), lambda: self._chunks(work.driving), transfer
-        )
-        key = result_key(item)
-        with (
-            tempfile.TemporaryDirectory(prefix="kpmask-") as folder,
-            contextlib.ExitStack() as stack,
-        ):
-            path = Path(folder) / f"result{SUFFIXES[item.format]}"
-            if item.paste_back or item.side_by_side:
-                source, driven = (
-                    stack.enter_context(local_media(u)) for u in (item.source, item.driving)
-                )
-                side_px = self._animator.image_size_px
-                frames = delivered(frames, source, driven, self._settings, item, side_px=side_px)
-            video = formats.write(path, frames, fps=work.driving.fps, form=item.format)
-            if item.audio:
-                with local_media(item.driving) as driving:
-                    video, path = with_sound(path, driving, video, self._settings.limits)
-            sha256s = (item.source_sha256, item.driving_sha256)
-            claim = claim_of(self._animator.weights_sha256, sha256s, item, video)
-            video = publish(self._store, key, path, video, claim, self._settings.signer)
-            if item.format in SOUNDLESS:  # which browsers do not play as videos
-                put_preview(self._store, item, path, video, claim, self._settings.signer)
-        return AnimationRecord(
-            item_id=item.item_id,
-            name=item.name,
-            source=item.source,
-            driving=item.driving,
-            source_sha256=item.source_sha256,
-            driving_sha256=item.driving_sha256,
-            motion=item.motion,
-            key=key,
-            num_frames=video.num_frames,
-            num_frames_lost=work.driving.num_frames_lost,
-            fps=video.fps,
-            width_px=video.width_px,
-            height_px=video.height_px,
-            size_bytes=video.size_bytes,
-            sha256=video.sha256,
-            credentials=video.credentials,
-            driving_view=item.driving_view,
-        )
+        source = self._stored_source(work.source)
+        initial = None
+        if item.best_frame:
+            initial = best_frame(source, self._chunks(work.driving))
+        record = work.driving
+        facts = DrivingFacts(record.num_frames, record.num_frames_lost, record.fps)
+        return Drawing(item, facts, source, self._chunks(record), initial, transfer)
 
-    def _source(self, record: FeatureRecord) -> State:
+    def _stored_source(self, record: FeatureRecord) -> State:
         path = self._store.local(part_key(record.feature_id, 0))
         return self._animator.source_state(safetensors.torch.load_file(path))
 
@@ -317,7 +331,3 @@ class RenderWorker:
                 for start in range(0, length, step):
                     tensors = {name: part[start : start + step] for name, part in slices.items()}
                     yield self._animator.driving_state(tensors)
-
-
-def _load(settings: WorkerSettings) -> Animator:
-    return Animator.load(local_weights(settings.checkpoint), device=settings.device)

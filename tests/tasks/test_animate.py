@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +24,21 @@ import pytest
 import torch
 
 from kpmask import Animator, checkpoint, provenance
-from kpmask.config import AnimateJob, Cluster, Credentials, MediaLimits, Output
+from kpmask.config import AnimateJob, Cluster, Credentials, MediaLimits, MediaWorkers, Output
 from kpmask.errors import ConfigError, MediaError, RunFailed, StorageError
 from kpmask.media import decode, images
 from kpmask.media.encode import encode
 from kpmask.media.probe import probe
 from kpmask.model_config import Hourglass, KeypointDetector, KeypointMaskModel, LowResolution
 from kpmask.models import build_system
-from kpmask.records import AnimationRecord, Failure, Progress, from_table
+from kpmask.records import AnimationRecord, Failure, FeatureRecord, Progress, from_table
 from tasks.animate import animate_catalog, animate_pair, plan
 from tasks.catalog import content_digest, matching, plan_catalog
-from tasks.render import FeatureItem, FeatureWorker, RenderItem, RenderWorker, WorkerSettings
+from tasks.parts import read_parts
+from tasks.render import JOURNAL, ModelWorker, RenderItem, WorkerSettings, features_of
 from tasks.storage import ObjectStore, open_store
 from tests.support import signers
-from tests.support.inline import run_inline
+from tests.support.catalogs import inline_catalogs
 
 SIDE_PX = 32
 LIMITS = MediaLimits(min_side_px=16)
@@ -240,13 +240,17 @@ def test_each_input_is_encoded_once(finished: Any) -> None:
     totals = {progress.stage: progress.total for progress in seen}
     # walk, sound, jump, frames, cut, still; face0, face1, text. Absent ones are never tried.
     assert totals["features"] == 9
-    assert Counter(progress.stage for progress in seen) == {"features": 9, "render": 6}
+    # Two animations are over because one of their features cannot be had.
+    assert Counter(progress.stage for progress in seen) == {"features": 9, "render": 8}
 
 
 def test_the_folder_holds_results_only_and_the_page_finds_them(finished: Any) -> None:
     _, out, _, _ = finished
     files = {path.relative_to(out) for path in out.rglob("*") if path.is_file()}
-    others = {str(f) for f in files if f.suffix != ".mp4" and f.parts[0] != "media"}
+    assert {f.name for f in files if f.parts[0] == "posters"} == {
+        f"{record.item_id}.jpg" for record in by_name(out).values()
+    }
+    others = {str(f) for f in files if f.suffix != ".mp4" and len(f.parts) == 1}
     assert others == {"manifest.parquet", "failures.parquet", "summary.json", "index.html"}
     page = (out / "index.html").read_text()
     for record in by_name(out).values():
@@ -264,7 +268,9 @@ def test_a_rerun_makes_what_is_lost_and_nothing_else(finished: Any) -> None:
     stamps = {p: p.stat().st_mtime_ns for p in out.glob("*.mp4")}
     seen: list[Progress] = []
     assert animate_catalog(job, on_progress=seen.append) == manifest
-    assert [(p.stage, p.total) for p in seen if p.stage == "render"] == [("render", 1)]
+    # What failed is tried again, and fails again.
+    assert {p.total for p in seen if p.stage == "render"} == {3}
+    assert [p.message for p in seen if p.stage == "render"][-1] == "2 failed"
     after = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
     assert len(after[lost]) == len(before[lost])
     assert {**after, lost: b""} == {**before, lost: b""}
@@ -299,6 +305,11 @@ def test_too_many_failures_fail_the_run_after_they_are_written(media: Path, tmp_
     assert set(failed(tmp_path / "out")) == {"b", "line 3"}
 
 
+def noted(out: Path) -> set[str]:
+    """Results that an unfinished run has noted."""
+    return {record.key for record in read_parts(open_store(str(out)), JOURNAL, AnimationRecord)}
+
+
 def test_a_killed_run_ends_in_the_same_bytes(finished: Any, tmp_path: Path) -> None:
     job, undisturbed, _, _ = finished
     out = tmp_path / "killed"
@@ -312,23 +323,25 @@ def test_a_killed_run_ends_in_the_same_bytes(finished: Any, tmp_path: Path) -> N
         cwd=Path(__file__).parents[2],
         start_new_session=True,
     )
-    done = out / "journal" / "render" / "done"
     deadline = time.monotonic() + 240
-    while len(list(done.glob("*.json"))) < 2:
+    while len(noted(out)) < 2:
         assert process.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (out / "manifest.parquet").exists()
-    left = len(list(done.glob("*.json")))
+    left = len(noted(out))
     assert 2 <= left < 6
+    stamps = {key: (out / key).stat().st_mtime_ns for key in noted(out)}
 
     seen: list[Progress] = []
     animate_catalog(job, on_progress=seen.append)
     counts = Counter(p.stage for p in seen)
-    # Of the features only those that had failed before, for they may be there now.
-    assert counts == {"render": 6 - left, "features": 2}
+    # With those that fail, for their inputs may be there now.
+    assert counts["render"] == 8 - left
+    assert counts["features"] <= 9
+    assert {key: (out / key).stat().st_mtime_ns for key in stamps} == stamps
     for name in ("manifest.parquet", "failures.parquet"):
         assert (out / name).read_bytes() == (undisturbed / name).read_bytes()
 
@@ -344,8 +357,7 @@ def test_a_killed_run_ends_in_the_same_bytes(finished: Any, tmp_path: Path) -> N
 @pytest.fixture
 def inline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catalogs in this process."""
-    monkeypatch.setattr("tasks.animate.run_items", run_inline)
-    monkeypatch.setattr("tasks.animate.ray_session", nullcontext)
+    inline_catalogs(monkeypatch)
 
 
 def test_every_result_says_how_it_was_made(finished: Any, media: Path) -> None:
@@ -584,10 +596,11 @@ def test_rendering_encodes_nothing_again(
         tmp_path / "out",
         sources=f"{media}/face*.png",
         drivings=f"{media}/walk.mp4",
-        batch_size=4,
+        batch_size=3,
+        media_workers=MediaWorkers(per_worker=0),
     )
     planned = plan_catalog(job)
-    settings = WorkerSettings.of(job)
+    settings, settings_digest = WorkerSettings.of(job), planned.settings_digest
     monkeypatch.setattr("tasks.render.FRAMES_PER_PART", 8)
     counted: Counter[str] = Counter()
 
@@ -602,24 +615,25 @@ def test_rendering_encodes_nothing_again(
 
     count("encode_source")
     count("encode_driving")
-    worker = FeatureWorker(settings)
-    features = {}
-    first = planned.items[0]
-    for kind, uri, sha256 in [
-        ("driving", first.driving, first.driving_sha256),
-        *(("source", item.source, item.source_sha256) for item in planned.items),
-    ]:
-        features[sha256] = worker.process(FeatureItem.of(kind, uri, sha256, "s"))
+    worker = ModelWorker(settings)
+    wanted = {
+        feature.feature_id: feature
+        for item in planned.items
+        for feature in features_of(item, planned.settings_digest)
+    }
+    made = [worker.process([feature])[0] for feature in wanted.values()]
+    features = {record.feature_id: record for record in made if isinstance(record, FeatureRecord)}
     assert counted == {"encode_source": 2, "encode_driving": 21}
-    assert features[first.driving_sha256].num_parts == 3  # 8 + 8 + 5
+    assert sorted(record.num_parts for record in features.values()) == [1, 1, 3]  # 9 + 9 + 3
 
-    renderer = RenderWorker(settings)
-    renderer._animator._state_types  # noqa: B018 - found once, by encoding an empty frame
+    worker._animator._state_types  # noqa: B018 - found once, by encoding an empty frame
     counted.clear()
-    for item in planned.items:
-        record = renderer.process(
-            RenderItem(item, features[item.source_sha256], features[item.driving_sha256])
-        )
+    works = [
+        RenderItem(item, *(features[f.feature_id] for f in features_of(item, settings_digest)))
+        for item in planned.items
+    ]
+    for record in worker.process(works):
+        assert isinstance(record, AnimationRecord)
         assert record.num_frames == 21
     assert counted == {}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from kpmask.models import build_system
 from kpmask.records import AnimationRecord, Failure, from_table
 from tasks.animate import animate_catalog, animate_pair, item_media
 from tasks.catalog import plan_catalog
-from tests.support.inline import run_inline
+from tests.support.catalogs import inline_catalogs
 
 SIDE_PX = 32
 LIMITS = MediaLimits(min_side_px=16)
@@ -81,8 +80,7 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _inline(monkeypatch: pytest.MonkeyPatch) -> None:
     """A catalog runs in this process, and in small parts."""
-    monkeypatch.setattr("tasks.animate.run_items", run_inline)
-    monkeypatch.setattr("tasks.animate.ray_session", nullcontext)
+    inline_catalogs(monkeypatch)
     monkeypatch.setattr("tasks.render.FRAMES_PER_PART", 8)
 
 
