@@ -44,6 +44,9 @@ T = TypeVar("T")
 
 GRAPH_SIZES: Final = (1, 8, 16, 32)  # of batches that a GPU keeps recordings of
 
+CPU_BATCH: Final = 8
+GPU_BATCH: Final = 32
+
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
@@ -151,6 +154,11 @@ class Animator:
         """The side of the frames that it draws."""
         return self.system.image_size_px
 
+    @property
+    def usual_batch_size(self) -> int:
+        """How many frames are best computed together."""
+        return CPU_BATCH if self.device.type == "cpu" else GPU_BATCH
+
     def animate(
         self,
         source_HWC: Frame,
@@ -159,7 +167,7 @@ class Animator:
         motion: Motion = "absolute",
         adapt_scale: bool = False,
         best_frame: bool = False,
-        batch_size: int = 8,
+        batch_size: int | None = None,
     ) -> Frames:
         """The whole result, uint8 [T, side, side, 3]; see `stream`."""
         frames = self.stream(
@@ -180,7 +188,7 @@ class Animator:
         motion: Motion = "absolute",
         adapt_scale: bool = False,
         best_frame: bool = False,
-        batch_size: int = 8,
+        batch_size: int | None = None,
     ) -> Iterator[Frame]:
         """One uint8 [side, side, 3] frame for every driving frame, as they come.
 
@@ -188,7 +196,7 @@ class Animator:
             source_HWC: uint8 RGB.
             driving: uint8 RGB frames, each HWC. With `best_frame` they are gone through twice.
             motion, adapt_scale, best_frame: see `Transfer`.
-            batch_size: how many frames are computed together.
+            batch_size: how many frames are computed together; None is `usual_batch_size`.
 
         Raises:
             ConfigError: see `Transfer.check`; raised before the first frame is read.
@@ -201,7 +209,7 @@ class Animator:
         source = self.encode_source(source_HWC)
 
         def chunks() -> Iterator[State]:
-            return self.encode_chunks(driving, batch_size=batch_size)
+            return self.encode_chunks(driving, batch_size=batch_size or self.usual_batch_size)
 
         return self.stream_states(source, chunks, transfer)
 

@@ -551,7 +551,7 @@ class AnimateJob(Part):
     device: str = "auto"
     # plain is the system as it was trained; auto is bfloat16 where frames stay what they are.
     precision: Literal["auto", "float32", "bfloat16", "plain"] = "auto"
-    batch_size: PositiveInt = 8
+    batch_size: PositiveInt | None = None  # frames at once; None: 8, on a GPU 32
     limits: MediaLimits = MediaLimits()
     min_driving_frames: PositiveInt = 2
     credentials: Credentials = Credentials()

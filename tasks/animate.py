@@ -142,7 +142,8 @@ def plan(job: AnimateJob) -> list[str]:
         told = itertools.islice(book.failures(), MAX_TOLD)
         more = counts.num_failures - MAX_TOLD
         return [
-            f"{counts.num_items} animations of {counts.num_sources} images by {counts.num_drivings} videos",
+            f"{counts.num_items} animations of {counts.num_sources} images "
+            f"by {counts.num_drivings} videos",
             f"{counts.num_items - todo} are there already, {todo} to do",
             *(f"cannot be done: {f.item}: {f.code}: {f.cause}" for f in told),
             *([f"and {more} more that cannot be done"] if more > 0 else []),

@@ -53,7 +53,7 @@ class WorkerSettings:
     out: str
     device: str
     precision: Wanted
-    batch_size: int
+    batch_size: int | None
     limits: MediaLimits
     min_driving_frames: int
     output: Output
@@ -216,6 +216,7 @@ class ModelWorker:
         self._animator = Animator.load(
             weights, device=settings.device, precision=settings.precision
         )
+        self._batch_size = settings.batch_size or self._animator.usual_batch_size
         self._slots = [Slot(self._new_media) for _ in range(max(settings.media_workers, 1))]
 
     def _new_media(self) -> Media:
@@ -277,7 +278,7 @@ class ModelWorker:
     def _driving(self, item: FeatureItem) -> FeatureRecord:
         slot = self._slots[0]
         parts = _PartWriter(self._store, item)
-        batch_size = self._settings.batch_size
+        batch_size = self._batch_size
         try:
             slot.result(slot.call("open_driving", item.uri, item.sha256, item.delivery))
             for state in self._animator.encode_chunks(self._frames(slot), batch_size=batch_size):
@@ -299,7 +300,7 @@ class ModelWorker:
     # --- animations
 
     def _animations(self, works: Sequence[RenderItem]) -> list[AnimationRecord | ItemError]:
-        renderer = Renderer(self._animator, self._slots, batch_size=self._settings.batch_size)
+        renderer = Renderer(self._animator, self._slots, batch_size=self._batch_size)
         made = renderer.run(map(self._drawing, works))
         for slot, flushed in [(slot, slot.call("flush")) for slot in self._slots]:
             slot.result(flushed)
@@ -322,7 +323,7 @@ class ModelWorker:
 
     def _chunks(self, record: FeatureRecord) -> Iterator[State]:
         """The driving states, `batch_size` at a time, out of memory-mapped files."""
-        step = self._settings.batch_size
+        step = self._batch_size
         for number in range(record.num_parts):
             path = self._store.local(part_key(record.feature_id, number))
             with safe_open(path, framework="pt") as file:
