@@ -54,11 +54,7 @@ CREATE TABLE feature (feature_id TEXT PRIMARY KEY, num_left INT, record TEXT, fa
                      WITHOUT ROWID;
 CREATE TABLE failure (item TEXT, stage TEXT, code TEXT, cause TEXT, data TEXT);
 """
-_ITEM_INDEXES: Final = """
-CREATE INDEX item_state ON item (state, record_frames);
-CREATE INDEX item_source ON item (source_feature);
-CREATE INDEX item_driving ON item (driving_feature);
-"""
+_ITEM_INDEX: Final = "CREATE INDEX item_state ON item (state, record_frames)"
 
 ItemOf = Callable[[CatalogRow, str, str], AnimationItem]
 FeatureIds = Callable[[AnimationItem], tuple[str, str]]
@@ -224,7 +220,7 @@ class CatalogBook(SqliteBook):
             with self._transaction():
                 failures = [f for found in page if (f := self._make(found, item_of, feature_ids))]
             self.add_failures(failures)
-        self._db.executescript(f"DROP TABLE row; DROP TABLE taken; {_ITEM_INDEXES}")
+        self._db.executescript(f"DROP TABLE row; DROP TABLE taken; {_ITEM_INDEX}")
         self._db.execute(
             "INSERT INTO turn (item) SELECT rowid FROM item"
             " ORDER BY num_frames DESC, driving_feature, source_feature, item_id"
@@ -446,25 +442,6 @@ class CatalogBook(SqliteBook):
         if changed.rowcount == 1:
             self.add_failures([failure])
         return changed.rowcount == 1
-
-    def set_feature_failed(self, feature_id: str, failure: Failure) -> int:
-        """Fail every item, under its own name, that needs a feature and is neither done nor has
-        failed; how many these are.
-        """
-        num_failed = 0
-        for column in ("source_feature", "driving_feature"):
-            query = (
-                f"SELECT item_id, name FROM item WHERE {column} = ? AND +state IS NULL"
-                f" LIMIT {BATCH}"
-            )
-            while page := self._db.execute(query, (feature_id,)).fetchall():
-                num_failed += len(page)
-                self._many(
-                    "UPDATE item SET state = 'failed' WHERE item_id = ?",
-                    ((item_id,) for item_id, _ in page),
-                )
-                self.add_failures(dataclasses.replace(failure, item=name) for _, name in page)
-        return num_failed
 
     def add_failures(self, failures: Iterable[Failure]) -> None:
         """Take in what cannot be had."""

@@ -397,22 +397,6 @@ def test_items_are_worked_on_while_they_are_read(
     assert [r.item_id for r in book.records()] == sorted(item.item_id for item in seen)
 
 
-def test_a_state_that_cannot_be_had_fails_its_items(
-    book: CatalogBook, items: list[AnimationItem]
-) -> None:
-    a, b, c, *others = items
-    book.set_done(record_of(a))
-    source, driving = features_of(b)
-    why = failure("/vv.mp4", "decode_errors", "features")
-    assert book.set_feature_failed(driving, why) == 2
-    assert book.set_feature_failed(source, why) == 0
-    assert list(book.failures()) == sorted(
-        [replace(why, item=b.name), replace(why, item=c.name)], key=lambda f: f.item
-    )
-    assert list(book.todo()) == others
-    assert book.set_feature_failed(features_of(others[0])[0], why) == 1
-
-
 def test_states_are_kept_for_as_long_as_items_need_them(
     book: CatalogBook, items: list[AnimationItem]
 ) -> None:
