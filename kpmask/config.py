@@ -530,7 +530,8 @@ class MediaWorkers(Part):
 
     # None: 3 beside a GPU, else 1. With 0 the worker decodes and encodes by itself.
     per_worker: Annotated[int, Field(ge=0)] | None = None
-    cpus: Annotated[float, Field(ge=0)] | None = None  # of each; None: 1 beside a GPU, else 0
+    # Of each; None: 1 beside a GPU if Ray has so many, else 0.
+    cpus: Annotated[float, Field(ge=0)] | None = None
 
 
 class AnimateJob(Part):

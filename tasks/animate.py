@@ -27,7 +27,7 @@ from typing import Final
 
 from kpmask.animate import Animator, Frame, Transfer
 from kpmask.compose import cut, source_crop
-from kpmask.config import AnimateJob
+from kpmask.config import AnimateJob, Cluster
 from kpmask.driving import DrivingVideo
 from kpmask.errors import ConfigError
 from kpmask.media import formats, images
@@ -186,9 +186,10 @@ class _CatalogRun:
     # --- making
 
     def _make(self) -> None:
-        settings, cluster = WorkerSettings.of(self._job), self._job.cluster
+        cluster = self._job.cluster
+        settings = _fitting(WorkerSettings.of(self._job), cluster)
         num_todo = self._book.num_todo()
-        also_cpus = settings.media_workers * settings.cpus_per_media_worker
+        also_cpus = settings.also_cpus
         work = CatalogWork(
             self._book,
             self._store,
@@ -256,6 +257,13 @@ class _CatalogRun:
         for prefix in (JOURNAL, FEATURES):
             _remove_all(store, f"{prefix}/")
         return manifest
+
+
+def _fitting(settings: WorkerSettings, cluster: Cluster) -> WorkerSettings:
+    """The settings; media workers take no processor for themselves where there are too few."""
+    if num_fitting(cluster, settings.also_cpus) >= 1:
+        return settings
+    return dataclasses.replace(settings, cpus_per_media_worker=0.0)
 
 
 def _take_stock(book: CatalogBook, store: ObjectStore) -> None:

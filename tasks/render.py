@@ -79,6 +79,11 @@ class WorkerSettings:
             cpus_per_media_worker=float(on_gpu) if media.cpus is None else media.cpus,
         )
 
+    @property
+    def also_cpus(self) -> float:
+        """What a worker's media workers take."""
+        return self.media_workers * self.cpus_per_media_worker
+
 
 # --- items -----------------------------------------------------------------------------------
 

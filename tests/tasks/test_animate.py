@@ -32,7 +32,7 @@ from kpmask.media.probe import probe
 from kpmask.model_config import Hourglass, KeypointDetector, KeypointMaskModel, LowResolution
 from kpmask.models import build_system
 from kpmask.records import AnimationRecord, Failure, FeatureRecord, Progress, from_table
-from tasks.animate import animate_catalog, animate_pair, plan
+from tasks.animate import _fitting, animate_catalog, animate_pair, plan
 from tasks.catalog import content_digest, matching, plan_catalog
 from tasks.parts import read_parts
 from tasks.render import JOURNAL, ModelWorker, RenderItem, WorkerSettings, features_of
@@ -814,3 +814,17 @@ def test_records_are_plain(finished: Any) -> None:
     _, out, _, _ = finished
     for record in by_name(out).values():
         assert all(not isinstance(v, Path) for v in dataclasses.asdict(record).values())
+
+
+def test_media_workers_take_processors_where_there_are_enough(
+    media: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_cpu = WorkerSettings.of(job_of(media, "out"))
+    assert (on_cpu.media_workers, on_cpu.also_cpus) == (1, 0.0)
+    cluster = Cluster(gpus_per_worker=1)
+    on_gpu = WorkerSettings.of(job_of(media, "out", cluster=cluster))
+    assert (on_gpu.media_workers, on_gpu.also_cpus) == (3, 3.0)
+    for num_cpus, taken in ((16, 3.0), (4, 3.0), (3, 0.0)):
+        found = {"CPU": float(num_cpus), "GPU": 1.0}
+        monkeypatch.setattr("ray.cluster_resources", lambda found=found: found)
+        assert _fitting(on_gpu, cluster).also_cpus == taken
