@@ -819,10 +819,11 @@ def test_records_are_plain(finished: Any) -> None:
 def test_media_workers_take_processors_where_there_are_enough(
     media: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    on_cpu = WorkerSettings.of(job_of(media, "out"))
+    job = job_of(media, "out", catalog="c.csv")
+    on_cpu = WorkerSettings.of(job)
     assert (on_cpu.media_workers, on_cpu.also_cpus) == (1, 0.0)
     cluster = Cluster(gpus_per_worker=1)
-    on_gpu = WorkerSettings.of(job_of(media, "out", cluster=cluster))
+    on_gpu = WorkerSettings.of(job.model_copy(update={"cluster": cluster}))
     assert (on_gpu.media_workers, on_gpu.also_cpus) == (3, 3.0)
     for num_cpus, taken in ((16, 3.0), (4, 3.0), (3, 0.0)):
         found = {"CPU": float(num_cpus), "GPU": 1.0}
