@@ -75,7 +75,7 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
             yield
             return
         address = os.environ.get("RAY_ADDRESS", "")
-        with contextlib.nullcontext() if address else _loopback():
+        with contextlib.nullcontext() if address else _loopback(), _messages_in_log():
             _start(address, num_cpus)
             try:
                 yield
@@ -146,6 +146,25 @@ def _loopback() -> Iterator[None]:
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = enabled
         AuthenticationTokenLoader.instance().reset_cache()
+
+
+@contextmanager
+def _messages_in_log() -> Iterator[None]:
+    """Have what Ray tells of lost nodes and processes in our log.
+
+    It would go to the standard output, whatever `log_to_driver` says, among a run's results.
+    """
+    from ray._private import worker
+
+    def logged(data: Mapping[str, Any], ignore_prefix: bool) -> None:
+        log.info("Ray: %s", " ".join(data["lines"]))  # the pool warns of what concerns it
+
+    original = worker.print_to_stdstream
+    worker.print_to_stdstream = logged
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = original
 
 
 @contextmanager
