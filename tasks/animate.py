@@ -47,7 +47,7 @@ from kpmask.records import (
 from kpmask.report import GalleryMedia, gallery_page, poster_key
 from kpmask.report.gallery import POSTERS
 from tasks import storage
-from tasks.catalog import CatalogPlan, content_digest, planned_catalog
+from tasks.catalog import CatalogPlan, planned_catalog
 from tasks.catalog_book import CatalogBook
 from tasks.catalog_work import CatalogWork
 from tasks.cluster import Outcome, num_fitting, ray_session, run_bundles
@@ -62,7 +62,7 @@ from tasks.deliver import (
     source_preview,
     with_sound,
 )
-from tasks.inputs import local_media
+from tasks.inputs import content_digest, local_media
 from tasks.lease import Lease, lease
 from tasks.manifest import check_counts, iter_table_if_any, write_json, write_table
 from tasks.outage import patiently

@@ -8,44 +8,40 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fnmatch
 import functools
-import hashlib
 import itertools
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
 from kpmask import checkpoint, compose, provenance
 from kpmask.animate import Transfer
 from kpmask.config import AnimateJob, MediaLimits
 from kpmask.data import catalog
-from kpmask.data.layouts import IMAGE_SUFFIXES, find_sources
-from kpmask.errors import ConfigError, ItemError, MediaError, RowError, StorageError
+from kpmask.errors import ItemError, MediaError, StorageError
 from kpmask.media.probe import probe
 from kpmask.models.base import AnimationSystem
 from kpmask.records import AnimationItem, CatalogRow, Delivery, Failure, digest
 from tasks import hashes, storage
 from tasks.catalog_book import CatalogBook, Input
+from tasks.globs import matching
 from tasks.hashes import HashCache, Known
+from tasks.inputs import ID_LENGTH, content_digest, item_errors, local_media
 from tasks.outage import patiently
 from tasks.sqlite_book import full_disks
-from tasks.storage import ObjectStore, absolute
+from tasks.storage import absolute
 from tasks.weights import local_weights
 
 RESULT_VERSION: Final = 1  # raise it when the same inputs give another video
 HASH_THREADS: Final = 8
 HASHES_AHEAD: Final = 64  # that are begun before the first of them is taken
 INPUTS_AT_ONCE: Final = 1000  # that go into the book
-ID_LENGTH: Final = 32
-_WILDCARDS = "*?["
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -263,7 +259,7 @@ def _find(uri: str, is_driving: bool, limits: MediaLimits, cache: HashCache) -> 
     Raises:
         ItemError, StorageError: as `local_media`.
     """
-    with _item_errors(uri):
+    with item_errors(uri):
         version = hashes.version(uri)
     known = cache.get(uri, version) if version else None
     if known is not None and not (is_driving and known.num_frames is None):
@@ -271,7 +267,7 @@ def _find(uri: str, is_driving: bool, limits: MediaLimits, cache: HashCache) -> 
     with local_media(uri) as path:
         sha256 = known.sha256 if known else content_digest(path)
         num_frames = _num_frames(path, limits) if is_driving else None
-    with _item_errors(uri):
+    with item_errors(uri):
         unchanged = hashes.version(uri) == version
     if version and unchanged:
         cache.put(uri, version, Known(sha256, num_frames))
@@ -288,153 +284,3 @@ def _num_frames(path: Path, limits: MediaLimits) -> int:
         return probe(path, limits).num_frames_from_header or 0
     except MediaError:
         return 0
-
-
-@contextmanager
-def local_media(uri: str) -> Iterator[Path]:
-    """A local file, or a local folder of images, with the content at `uri`; only to be read.
-
-    Raises:
-        MediaError: there is nothing (not_found).
-        RowError: the reference makes no sense (bad_row, path_escape).
-        StorageError: the store denies or does not answer.
-    """
-    with contextlib.ExitStack() as stack:
-        with _item_errors(uri):
-            store, key = storage.open_object(uri)
-            path = _file(store, key) or stack.enter_context(_local_folder(store.child(key)))
-        yield path
-
-
-@contextmanager
-def _item_errors(uri: str) -> Iterator[None]:
-    """Tell what is wrong with a reference from what is wrong with its store."""
-    try:
-        yield
-    except ConfigError as error:  # a bucket without a key, say
-        raise RowError(f"{uri}: {error.cause}", subject=uri) from error
-    except StorageError as error:
-        if error.code == "not_found":
-            raise MediaError(f"{uri}: not found", subject=uri, code="not_found") from error
-        if error.code == "path_escape":
-            raise RowError(f"{uri}: {error.cause}", subject=uri, code=error.code) from error
-        raise
-
-
-def _file(store: ObjectStore, key: str) -> Path | None:
-    try:
-        return store.local(key)
-    except StorageError as error:
-        if error.code != "not_found":
-            raise
-        return None
-
-
-@contextmanager
-def _local_folder(store: ObjectStore) -> Iterator[Path]:
-    """The files directly in a folder, under one local folder.
-
-    Raises:
-        StorageError: not_found, when there are none.
-    """
-    if "://" not in store.uri:
-        if not Path(store.uri).is_dir():
-            raise StorageError("not found", subject=store.uri, code="not_found")
-        yield Path(store.uri)
-        return
-    keys = [info.key for info in store.list() if "/" not in info.key]
-    if not keys:
-        raise StorageError("not found", subject=store.uri, code="not_found")
-    with tempfile.TemporaryDirectory(prefix="kpmask-") as folder:
-        for key in keys:
-            (Path(folder) / key).symlink_to(store.local(key))
-        yield Path(folder)
-
-
-def content_digest(path: Path) -> str:
-    """The SHA-256 of a file, or of a folder's files with their names."""
-    if path.is_dir():
-        files = [p for p in sorted(path.iterdir()) if p.is_file() and not p.name.startswith(".")]
-        return digest([(file.name, content_digest(file)) for file in files])
-    with storage.os_errors(str(path)), path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# --- globs -----------------------------------------------------------------------------------
-
-
-def matching(pattern: str, *, folders: bool) -> list[str]:
-    """What a glob, a file or a folder names, as absolute references in order.
-
-    A glob matches part by part; `**` is any number of folders. A folder means the images in it,
-    or with `folders` the videos: files, and deeper folders of images.
-    """
-    pattern = absolute(pattern)
-    if "://" in pattern and not pattern.endswith("//"):
-        pattern = pattern.rstrip("/")  # as the path of a folder
-    base, rest = _split_glob(pattern)
-    found: Iterable[str]  # held once: there may be a million of them
-    if not rest:
-        found = _itself(pattern) or _in_folder(base, folders=folders)
-    elif "://" in base:
-        found = _remote_matches(base, rest, folders=folders)
-    else:
-        found = _local_matches(Path(base), rest, folders=folders)
-    return sorted({uri for uri in found if not PurePosixPath(uri).name.startswith(".")})
-
-
-def _local_matches(base: Path, rest: str, *, folders: bool) -> Iterator[str]:
-    try:
-        for path in base.glob(rest):
-            if path.is_file() or (folders and path.is_dir()):
-                yield str(path)
-    except ValueError as error:  # `**` as a part of a name
-        raise ConfigError(str(error), subject=rest) from error
-
-
-def _remote_matches(base: str, rest: str, *, folders: bool) -> Iterator[str]:
-    patterns = rest.split("/")
-    for info in storage.open_store(base).list():
-        # An object store has the folders that something lies in.
-        above = list(map(str, PurePosixPath(info.key).parents))[:-1] if folders else []
-        own = [] if patterns[-1] == "**" else [info.key]  # which is any number of folders
-        for key in own + above:
-            if _matches(key.split("/"), patterns):
-                yield f"{base}/{key}"
-
-
-def _split_glob(pattern: str) -> tuple[str, str]:
-    """The folder before the first part with a wildcard, and the rest."""
-    scheme, separator, path = pattern.rpartition("://")
-    parts = path.rstrip("/").split("/")
-    wild = next((i for i, part in enumerate(parts) if set(part) & set(_WILDCARDS)), len(parts))
-    return scheme + separator + ("/".join(parts[:wild]) or "/"), "/".join(parts[wild:])
-
-
-def _itself(uri: str) -> list[str]:
-    if uri == "/" or ("://" in uri and "/" not in uri.partition("://")[2]):
-        return []  # a root or a bucket is no object
-    store, key = storage.open_object(uri)
-    return [uri] if store.exists(key) else []
-
-
-def _in_folder(uri: str, *, folders: bool) -> Iterator[str]:
-    keys = (info.key for info in storage.open_store(uri).list())
-    if folders:
-        keys = (source.key for source in find_sources(keys))
-    else:
-        keys = (key for key in keys if "/" not in key and _is_image(key))
-    return (f"{uri.rstrip('/')}/{key}" for key in keys)
-
-
-def _is_image(key: str) -> bool:
-    return PurePosixPath(key).suffix.lower() in IMAGE_SUFFIXES
-
-
-def _matches(parts: Sequence[str], patterns: Sequence[str]) -> bool:
-    if not patterns:
-        return not parts
-    if patterns[0] == "**":
-        return any(_matches(parts[i:], patterns[1:]) for i in range(len(parts) + 1))
-    head = bool(parts) and fnmatch.fnmatchcase(parts[0], patterns[0])
-    return head and _matches(parts[1:], patterns[1:])

@@ -57,9 +57,10 @@ from kpmask.records import (
 )
 from kpmask.report import GalleryMedia, evaluation_page
 from tasks import storage, weights
-from tasks.catalog import ID_LENGTH, content_digest, failure_of, local_media
+from tasks.catalog import failure_of
 from tasks.cluster import Worker, ray_session, run_items
 from tasks.dataset import open_identified_dataset
+from tasks.inputs import ID_LENGTH, content_digest, local_media
 from tasks.manifest import (
     Journal,
     check_failures,

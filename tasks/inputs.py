@@ -1,8 +1,12 @@
-"""What an item's cells name, as local files: an image, a video, or a folder of images."""
+"""What an item's cells name, as local files: an image, a video, or a folder of images.
+
+A folder of images is one driving video. Its digest is that of its files' names and contents.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from kpmask.errors import ConfigError, MediaError, RowError, StorageError
+from kpmask.records import digest
 from tasks import storage
 from tasks.storage import ObjectStore
 
@@ -26,18 +31,25 @@ def local_media(uri: str) -> Iterator[Path]:
         StorageError: the store denies or does not answer.
     """
     with contextlib.ExitStack() as stack:
-        try:
+        with item_errors(uri):
             store, key = storage.open_object(uri)
             path = _file(store, key) or stack.enter_context(_local_folder(store.child(key)))
-        except ConfigError as error:  # a bucket without a key, say
-            raise RowError(f"{uri}: {error.cause}", subject=uri) from error
-        except StorageError as error:
-            if error.code == "not_found":
-                raise MediaError(f"{uri}: not found", subject=uri, code="not_found") from error
-            if error.code == "path_escape":
-                raise RowError(f"{uri}: {error.cause}", subject=uri, code=error.code) from error
-            raise
         yield path
+
+
+@contextmanager
+def item_errors(uri: str) -> Iterator[None]:
+    """Tell what is wrong with a reference from what is wrong with its store."""
+    try:
+        yield
+    except ConfigError as error:  # a bucket without a key, say
+        raise RowError(f"{uri}: {error.cause}", subject=uri) from error
+    except StorageError as error:
+        if error.code == "not_found":
+            raise MediaError(f"{uri}: not found", subject=uri, code="not_found") from error
+        if error.code == "path_escape":
+            raise RowError(f"{uri}: {error.cause}", subject=uri, code=error.code) from error
+        raise
 
 
 def _file(store: ObjectStore, key: str) -> Path | None:
@@ -68,3 +80,12 @@ def _local_folder(store: ObjectStore) -> Iterator[Path]:
         for key in keys:
             (Path(folder) / key).symlink_to(store.local(key))
         yield Path(folder)
+
+
+def content_digest(path: Path) -> str:
+    """The SHA-256 of a file, or of a folder's files with their names."""
+    if path.is_dir():
+        files = [p for p in sorted(path.iterdir()) if p.is_file() and not p.name.startswith(".")]
+        return digest([(file.name, content_digest(file)) for file in files])
+    with storage.os_errors(str(path)), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,7 +12,6 @@ import hashlib
 import os
 import secrets
 import shutil
-import sqlite3
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from kpmask.errors import ConfigError, ItemError, StorageError
 from kpmask.preprocess import failure_of
 from kpmask.records import Partition, SourceRow, digest
 from tasks.cache import user_cache
+from tasks.sqlite_book import full_disks
 from tasks.storage import ObjectInfo, ObjectStore, local_copy, open_store, os_errors
 from tasks.workbook import Workbook
 
@@ -52,7 +52,7 @@ def planned(job: PreprocessJob, folder: Path) -> Iterator[tuple[Workbook, Object
         StorageError: a store does not answer.
     """
     path = folder / "run.sqlite"
-    with _full_disks(path):
+    with full_disks(path):
         yield from _planned(job, path)
 
 
@@ -103,7 +103,7 @@ def _table_plan(job: PreprocessJob) -> Path:
             return path
     temporary = folder / f".tmp-{secrets.token_hex(8)}.sqlite"
     try:
-        with os_errors(str(folder)), _named(source, name) as named, _full_disks(temporary):
+        with os_errors(str(folder)), _named(source, name) as named, full_disks(temporary):
             _make_plan(temporary, job, named)
             temporary.replace(path)
     finally:
@@ -136,21 +136,6 @@ def _named(source: Path, name: str) -> Iterator[Path]:
         link = Path(folder) / name
         link.symlink_to(source)
         yield link
-
-
-@contextmanager
-def _full_disks(path: Path) -> Iterator[None]:
-    """Turn an error of SQLite's, at the file `path`, into a `StorageError`."""
-    try:
-        yield
-    except sqlite3.OperationalError as error:
-        full = error.sqlite_errorcode == sqlite3.SQLITE_FULL
-        raise StorageError(
-            str(error),
-            subject=str(path.parent),
-            code="no_space" if full else "unavailable",
-            hint="free some space; TMPDIR and KPMASK_CACHE say where tables are kept",
-        ) from error
 
 
 def _local_annotations(reference: str) -> Path:

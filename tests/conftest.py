@@ -26,6 +26,7 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     KPMASK_HOME=tempfile.mkdtemp(prefix="kpmask-tests-"),
 )
+os.environ["KPMASK_CACHE"] = str(Path(os.environ["KPMASK_HOME"]) / "cache")
 atexit.register(shutil.rmtree, os.environ["KPMASK_HOME"], ignore_errors=True)
 importlib.import_module("flows")  # sets what Prefect reads when it is imported
 

@@ -33,7 +33,9 @@ from kpmask.model_config import Hourglass, KeypointDetector, KeypointMaskModel, 
 from kpmask.models import build_system
 from kpmask.records import AnimationRecord, Failure, FeatureRecord, Progress, from_table
 from tasks.animate import _fitting, animate_catalog, animate_pair, plan
-from tasks.catalog import content_digest, matching, plan_catalog
+from tasks.catalog import plan_catalog
+from tasks.globs import matching
+from tasks.inputs import content_digest
 from tasks.parts import read_parts
 from tasks.render import JOURNAL, ModelWorker, RenderItem, WorkerSettings, features_of
 from tasks.storage import ObjectStore, open_store

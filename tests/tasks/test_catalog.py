@@ -19,7 +19,8 @@ from kpmask.errors import StorageError
 from kpmask.media import images
 from kpmask.media.encode import encode
 from tasks import catalog, hashes
-from tasks.catalog import CatalogPlan, feature_id, feature_ids, matching, planned_catalog
+from tasks.catalog import CatalogPlan, feature_id, feature_ids, planned_catalog
+from tasks.globs import matching
 from tasks.storage import open_store
 from tests.support import big_catalog
 
