@@ -23,7 +23,14 @@ import av
 import av.error
 import numpy as np
 from av.video.frame import VideoFrame
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
+from av.video.reformatter import (
+    ColorPrimaries,
+    ColorRange,
+    Colorspace,
+    ColorTrc,
+    Interpolation,
+    VideoReformatter,
+)
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
@@ -156,8 +163,9 @@ def write_video(
         stream = container.add_stream(codec, rate=rate, options=options)
         _set_up(stream, first_HWC.shape, rate)
         num_frames = 0
+        reformatter = VideoReformatter()  # one for each frame would set up its filters each time
         for image_HWC in _chained(first_HWC, iterator):
-            frame = _yuv(image_HWC, first_HWC.shape)
+            frame = _yuv(image_HWC, first_HWC.shape, reformatter)
             frame.pts, frame.time_base = num_frames, 1 / rate
             container.mux(stream.encode(frame))
             num_frames += 1
@@ -184,14 +192,17 @@ def _set_up(stream: VideoStream, shape: tuple[int, ...], rate: Fraction) -> None
     context.color_range = ColorRange.MPEG
 
 
-def _yuv(image_HWC: NDArray[np.uint8], shape: tuple[int, ...]) -> VideoFrame:
+def _yuv(
+    image_HWC: NDArray[np.uint8], shape: tuple[int, ...], reformatter: VideoReformatter
+) -> VideoFrame:
     if image_HWC.dtype != np.uint8 or image_HWC.shape != shape or shape[2:] != (3,):
         raise ValueError(f"a frame of {image_HWC.dtype} {image_HWC.shape} among uint8 {shape}")
     height_px, width_px = shape[:2]
     if height_px % 2 or width_px % 2:
         pad = ((0, height_px % 2), (0, width_px % 2), (0, 0))
         image_HWC = np.pad(image_HWC, pad, mode="edge")
-    return VideoFrame.from_ndarray(np.ascontiguousarray(image_HWC), format="rgb24").reformat(
+    return reformatter.reformat(
+        VideoFrame.from_ndarray(np.ascontiguousarray(image_HWC), format="rgb24"),
         format="yuv420p",
         src_colorspace=Colorspace.ITU709,
         dst_colorspace=Colorspace.ITU709,
