@@ -34,6 +34,7 @@ from kpmask.errors import ConfigError
 from kpmask.media import images
 from kpmask.models.base import AnimationSystem, State
 from kpmask.optimize import Wanted, choose
+from kpmask.optimize.fixed import render_by
 from kpmask.optimize.transfer import in_order, transfers_of
 from kpmask.records import Motion
 
@@ -226,12 +227,7 @@ class Animator:
     def encode_chunks(self, driving: Iterable[Frame], *, batch_size: int) -> Iterator[State]:
         """`encode_driving` of every `batch_size` frames; the last state may be shorter."""
         for chunk in _batched(driving, batch_size):
-            if len(chunk) == 1 < batch_size:
-                # One image is summed in another order than several: cut otherwise, the frame
-                # would be another.
-                yield self.encode_driving(chunk * 2)[:1]
-            else:
-                yield self.encode_driving(chunk)
+            yield self.encode_driving(chunk)
 
     def stream_states(
         self, source: State, chunks: Callable[[], Iterator[State]], transfer: Transfer
@@ -251,16 +247,13 @@ class Animator:
     def _begun(
         self, source: State, chunks: Iterable[State], initial: State | None, transfer: Transfer
     ) -> Iterator[Callable[[], Frames]]:
-        usual = 0  # length of a chunk
+        size = None  # of the first chunk: a shorter one is drawn as it was
         for driving in chunks:
             if initial is None:
                 initial = driving[:1]
-            count = len(driving)
-            usual = usual or count
-            if count == 1 < usual:  # as in `encode_chunks`
-                driving = driving.repeat(2)
-            image_TCHW = self.render(source, driving, initial=initial, transfer=transfer)
-            yield self.fetch(image_TCHW[:count])
+            size = size or len(driving)
+            image_TCHW = self.render(source, driving, initial=initial, transfer=transfer, size=size)
+            yield self.fetch(image_TCHW)
 
     def render_states(
         self, source: State, driving: State, *, initial: State | None, transfer: Transfer
@@ -297,12 +290,14 @@ class Animator:
         *,
         initial: State | None = None,
         transfer: Transfer = Transfer(),
+        size: int | None = None,
     ) -> Tensor:
         """Frames as float32 TCHW in [0, 1], on the animator's device, perhaps not computed yet.
 
         Args:
             source: 1 entry, or T. driving: T entries.
             initial: what relative motion starts from, 1 entry or T.
+            size: draw so many at a time (see `render_by`); None draws all at once.
         """
         source, driving = source.to(self.device), driving.to(self.device)
         sources = source if len(source) == len(driving) else source.repeat(len(driving))
@@ -311,6 +306,13 @@ class Animator:
             driving = self.system.relative_motion(
                 sources, driving, initial.to(self.device), adapt_scale=transfer.adapt_scale
             )
+        return self.draw(sources, driving, size=size)
+
+    @torch.inference_mode()
+    def draw(self, sources: State, driving: State, *, size: int | None = None) -> Tensor:
+        """`render` of states that are on the device, T entries each, with the motion done."""
+        if size is not None:
+            return render_by(self.system, size, sources, driving)
         image_TCHW: Tensor = self.system.render(sources, driving).image_BCHW
         return image_TCHW
 

@@ -26,18 +26,17 @@ class Strip:
 
 
 @torch.inference_mode()
-def draw(animator: Animator, strips: Sequence[Strip]) -> Tensor:
+def draw(animator: Animator, strips: Sequence[Strip], *, size: int) -> Tensor:
     """The frames of all strips, one after the other: float32 [sum of T, C, H, W] in [0, 1], on the
-    animator's device. Every frame is computed by itself: what it is mixed with does not show.
+    animator's device.
+
+    They are drawn `size` at a time, also when they are fewer: what a frame is drawn with does not
+    show then, to the last bit (see `render_by`).
     """
-    if sum(len(strip.driving) for strip in strips) == 1:
-        # Kernels for one image sum in another order than those for several.
-        return draw(animator, [*strips, *strips])[:1]
     moved = [_moved(animator, strip) for strip in strips]
     sources = _joined([source for source, _ in moved])
     drivings = _joined([driving for _, driving in moved])
-    image_BCHW: Tensor = animator.system.render(sources, drivings).image_BCHW
-    return image_BCHW
+    return animator.draw(sources, drivings, size=size)
 
 
 def _joined(states: Sequence[State]) -> State:

@@ -142,7 +142,9 @@ class Lane:
 
     def put(self, frames_THWC: Frames) -> None:
         """Hand on what was drawn; a short animation goes in one call."""
-        if not self.is_open or self.error is not None:
+        if self.error is not None:
+            self.give_up()
+        if not self.is_open:
             return
         self._drawn.append(frames_THWC)
         self._num_due -= len(frames_THWC)
@@ -155,6 +157,12 @@ class Lane:
             self._ask("add", self._taken())
             if self.is_over:
                 self._ask("finish")
+
+    def give_up(self) -> None:
+        """Have the media worker drop it; more frames of it do not count."""
+        if self.is_open:
+            self.is_open = False
+            self.slot.call("abandon")
 
     @property
     def is_over(self) -> bool:
@@ -190,7 +198,11 @@ Drawn = tuple[list[tuple[Lane, int]], Callable[[], Frames]]
 
 
 class Renderer:
-    """Draws animations, at most one for each media worker at a time."""
+    """Draws animations, one for each media worker at a time.
+
+    Batches are of one size, so that no frame tells what it was drawn with. An animation's last
+    frames are drawn with the first ones of the next.
+    """
 
     def __init__(self, animator: Animator, slots: Sequence[Slot], *, batch_size: int) -> None:
         self._animator = animator
@@ -207,43 +219,51 @@ class Renderer:
             StorageError: the store denies, lacks space or does not answer.
         """
         waiting = enumerate(drawings)
-        while self._open(waiting) or self._drawn:
-            batch = self._next_batch()
+        while (batch := self._next_batch(waiting)) or self._drawn:
             if batch:
                 self._drawn.append(self._draw(batch))
-            if self._drawn and (not batch or len(self._drawn) > self._animator.num_ahead):
+            if not batch or len(self._drawn) > self._animator.num_ahead:
                 self._hand_on(*self._drawn.popleft())
             self._close()
         return [_settled(outcome) for _, outcome in sorted(self._outcomes.items())]
 
-    def _open(self, waiting: Iterator[tuple[int, Drawing]]) -> bool:
-        """Give every idle media worker an animation; whether there is any to draw."""
-        busy = [lane.slot for lane in self._lanes]
-        if not busy and not any(slot.has_room() for slot in self._slots):
-            self._slots[0].wait_for_room()
-        for slot in self._slots:
-            if slot not in busy and slot.has_room() and (found := next(waiting, None)):
-                self._lanes.append(Lane(*found, slot))
-        return bool(self._lanes)
-
-    def _next_batch(self) -> list[tuple[Lane, Strip]]:
-        """Pieces of the animations whose media workers keep up; of short ones all there is."""
-        able = [lane for lane in self._lanes if lane.num_left and lane.slot.has_room()]
-        if not able and not self._drawn:
-            self._lanes[0].slot.wait_for_room()
-            able = self._lanes[:1]
+    def _next_batch(self, waiting: Iterator[tuple[int, Drawing]]) -> list[tuple[Lane, Strip]]:
+        """Pieces of the animations whose media workers keep up, as evenly as they have them."""
         batch: list[tuple[Lane, Strip]] = []
         room = self._batch_size
-        for number, lane in enumerate(sorted(able, key=lambda lane: lane.num_left)):
-            if not room:
-                break
-            strip = lane.strip(-(-room // (len(able) - number)))
-            room -= len(strip.driving)
-            batch.append((lane, strip))
+        while room and (able := self._able(waiting, must=not (batch or self._drawn))):
+            for number, lane in enumerate(sorted(able, key=lambda lane: lane.num_left)):
+                if not room:
+                    break
+                strip = lane.strip(-(-room // (len(able) - number)))
+                room -= len(strip.driving)
+                batch.append((lane, strip))
         return batch
 
+    def _able(self, waiting: Iterator[tuple[int, Drawing]], *, must: bool) -> list[Lane]:
+        """Animations with frames to draw, whose media workers have room for them. `must`: wait for
+        one, if there is any.
+        """
+        able = self._with_room(waiting)
+        for slot in self._slots:
+            if able or not must:
+                break
+            slot.wait_for_room()
+            able = self._with_room(waiting)
+        return able
+
+    def _with_room(self, waiting: Iterator[tuple[int, Drawing]]) -> list[Lane]:
+        """What can be drawn now; media workers that have nothing to draw get a new animation."""
+        drawing = {lane.slot: lane for lane in self._lanes if lane.num_left}
+        for slot in self._slots:
+            if slot not in drawing and slot.has_room() and (found := next(waiting, None)):
+                drawing[slot] = Lane(*found, slot)
+                self._lanes.append(drawing[slot])
+        return [lane for slot, lane in drawing.items() if slot.has_room()]
+
     def _draw(self, batch: Sequence[tuple[Lane, Strip]]) -> Drawn:
-        image_BCHW = mixed.draw(self._animator, [strip for _, strip in batch])
+        strips = [strip for _, strip in batch]
+        image_BCHW = mixed.draw(self._animator, strips, size=self._batch_size)
         whose = [(lane, len(strip.driving)) for lane, strip in batch]
         return whose, self._animator.fetch(image_BCHW)
 
@@ -265,8 +285,7 @@ class Renderer:
             self._lanes.remove(lane)
             self._outcomes[lane.index] = lane if error is None else error
             if error is not None:
-                lane.is_open = False
-                lane.slot.call("abandon")
+                lane.give_up()
 
 
 def _settled(outcome: Lane | ItemError) -> AnimationRecord | ItemError:

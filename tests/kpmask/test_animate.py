@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -185,23 +184,17 @@ def test_points_without_area_are_like_nothing() -> None:
 
 
 @pytest.mark.parametrize("precision", ["plain", "float32"])
-def test_chunks_do_not_show_to_the_last_bit(precision: Any) -> None:
-    """Of every length: a last frame alone is summed as the others are."""
+def test_a_last_frame_alone_is_drawn_as_the_others(precision: Any) -> None:
+    """To the last bit: one image is summed in another order than several."""
     animator = Animator(make_animator("fomm").system, device="cpu", precision=precision)
-    driving_THWC = some_frames(9)
-    source_HWC = some_frames(1)[0]
-    expected: list[np.ndarray] = []
-    for batch_size in (9, 8, 4, 3, 2):
-        drawn: list[np.ndarray] = []
-        source = animator.encode_source(source_HWC)
-        for state in animator.encode_chunks(driving_THWC, batch_size=batch_size):
-            drawn.extend(np.asarray(value) for value in state.points_BK2)  # type: ignore[attr-defined]
-        chunks = partial(animator.encode_chunks, driving_THWC, batch_size=batch_size)
-        drawn.extend(animator.stream_states(source, chunks, Transfer()))
-        expected = expected or drawn
-        assert len(drawn) == 18
-        for ours, theirs in zip(drawn, expected, strict=True):
-            np.testing.assert_array_equal(ours, theirs)
+    source = animator.encode_source(some_frames(1)[0])
+    states = animator.encode_driving(some_frames(9))
+    chunks = [states[:4], states[4:8], states[8:]]
+    drawn = list(animator.stream_states(source, lambda: iter(chunks), Transfer()))
+    others = [states[8:].repeat(4), states[4:8], states[:4]]
+    expected = list(animator.stream_states(source, lambda: iter(others), Transfer()))
+    np.testing.assert_array_equal(drawn[8], expected[0])
+    np.testing.assert_array_equal(np.stack(drawn[:4]), np.stack(expected[8:]))
 
 
 def test_stream_reads_no_further_than_it_must() -> None:

@@ -62,6 +62,7 @@ def test_lost_node_loses_no_clip(videos: Path, tmp_path: Path, s3: str) -> None:
     try:
         with ray_nodes(ray_folder) as nodes:
             lost = nodes.add(num_cpus=1)
+            nodes.wait_for(2)  # two that start at once may not find the head in time
             nodes.add(num_cpus=1)
             nodes.wait_for(3)
             environment = nodes.environment | {"RAY_ADDRESS": nodes.address}
