@@ -30,6 +30,11 @@ os.environ["KPMASK_CACHE"] = str(Path(os.environ["KPMASK_HOME"]) / "cache")
 atexit.register(shutil.rmtree, os.environ["KPMASK_HOME"], ignore_errors=True)
 importlib.import_module("flows")  # sets what Prefect reads when it is imported
 
+# Tests run in several processes, and threads of theirs that share processors wait for each other:
+# on two busy cores a network of 32 px takes ten times as long with two threads as with one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+
 # A shell starts background jobs with Ctrl-C ignored, and children inherit that: tests that send
 # SIGINT would wait for nothing.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
