@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import stat
+from collections.abc import Sequence
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -181,20 +182,9 @@ def open_container(path: Path, limits: MediaLimits) -> InputContainer:
     if content in ("folder", "image"):
         raise MediaError(f"a {content}, not a video file", subject=path.name, code="not_media")
     check_bytes(path, limits)
-    options = {
-        "format_whitelist": ",".join(DEMUXERS),
-        "protocol_whitelist": "file",
-        "max_pixels": str(limits.max_side_px**2),
-    }
     try:
         # With the protocol named, a file called "concat:a|b" is a file called that.
-        return av.open(
-            f"file:{path.absolute()}",
-            mode="r",
-            options=options,
-            timeout=(limits.timeout_s, limits.timeout_s),
-            metadata_errors="replace",
-        )
+        return _open(f"file:{path.absolute()}", limits, max_pixels=str(limits.max_side_px**2))
     except (av.error.FFmpegError, UnicodeError) as error:
         if content == "video":
             raise MediaError(
@@ -205,6 +195,17 @@ def open_container(path: Path, limits: MediaLimits) -> InputContainer:
         raise MediaError(
             "neither a video nor a picture", subject=path.name, code="not_media"
         ) from error
+
+
+def _open(url: str, limits: MediaLimits, **options: str) -> InputContainer:
+    fences = {"format_whitelist": ",".join(DEMUXERS), "protocol_whitelist": "file"}
+    return av.open(
+        url,
+        mode="r",
+        options=fences | options,
+        timeout=(limits.timeout_s, limits.timeout_s),
+        metadata_errors="replace",
+    )
 
 
 def reason(error: Exception) -> str:
@@ -226,11 +227,12 @@ def pick_stream(container: InputContainer, limits: MediaLimits, *, subject: str)
         raise MediaError(
             "no video stream that can be decoded", subject=subject, code="no_video_stream"
         )
-    stream = max(streams, key=lambda s: s.codec_context.width * s.codec_context.height)
-    context = stream.codec_context
-    if max(context.width, context.height) > limits.max_side_px:
+    sizes_px = _sizes(container, streams, limits)
+    stream = max(streams, key=lambda s: sizes_px[s.index][0] * sizes_px[s.index][1])
+    context, (width_px, height_px) = stream.codec_context, sizes_px[stream.index]
+    if max(width_px, height_px) > limits.max_side_px:
         raise MediaError(
-            f"{context.width}x{context.height}, and the limit is {limits.max_side_px} px a side",
+            f"{width_px}x{height_px}, and the limit is {limits.max_side_px} px a side",
             subject=subject,
             code="dimensions_over_limit",
         )
@@ -243,6 +245,25 @@ def pick_stream(container: InputContainer, limits: MediaLimits, *, subject: str)
     context.options = {"err_detect": "explode", "max_pixels": str(limits.max_side_px**2)}
     context.thread_count = 1
     return stream
+
+
+def _sizes(
+    container: InputContainer, streams: Sequence[VideoStream], limits: MediaLimits
+) -> dict[int, tuple[int, int]]:
+    """Width and height of streams by their index; 0 where nothing says it before a frame does."""
+    sizes_px = {s.index: (s.codec_context.width, s.codec_context.height) for s in streams}
+    if all(min(size_px) for size_px in sizes_px.values()):
+        return sizes_px
+    # A decoder that refuses a size forgets it, and what it says of its frames is no more than
+    # "Invalid argument". Where there is no decoder, what the file's header says stays.
+    try:
+        with _open(container.name, limits, codec_whitelist="none") as unread:
+            said_px = {s.index: (s.width, s.height) for s in unread.streams.video if decodable(s)}
+    except (av.error.FFmpegError, UnicodeError):
+        return sizes_px  # it was opened before: who reads its frames tells what is wrong
+    return {
+        i: size_px if min(size_px) else said_px.get(i, (0, 0)) for i, size_px in sizes_px.items()
+    }
 
 
 def decodable(stream: Stream) -> bool:

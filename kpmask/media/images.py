@@ -2,7 +2,7 @@
 
 - Upright by EXIF; CMYK, palette, gray and 16-bit become 8-bit RGB; alpha is blended over black.
 - 16-bit gray is scaled, not clipped. Embedded colour profiles are not applied.
-- The size in the header is checked before any pixel is decoded.
+- The size in the header is checked before any pixel is decoded, and before that the file's.
 """
 
 from __future__ import annotations
@@ -44,6 +44,10 @@ _BROKEN = (
     *(SyntaxError, TypeError, ValueError, struct.error, zlib.error),
 )
 _MAX_STACK_FACTOR = 4  # a stack may hold that many times the pixels of the largest picture
+# What a picture's file may have for each pixel of the largest picture, packed or not: 16 bits for
+# each of four channels; and beside its pixels: texts, profiles, a thumbnail.
+_MAX_BYTES_PER_PX = 8
+_MAX_BYTES_BESIDE = 2**24
 # Of frames of films, Paeth differences without a search for repeats are as small as what zlib
 # finds at level 4 with every row's best filter, in a third of its time.
 _PNG_OPTIONS = (
@@ -78,14 +82,14 @@ def read_stack(path: Path, limits: MediaLimits) -> NDArray[np.uint8]:
         MediaError: as `read_image`; inconsistent_frames where the width is no such multiple;
             frames_over_limit.
     """
-    with _opened(path, limits) as image:
+    with _opened(path, limits, num_pictures=_MAX_STACK_FACTOR) as image:
         _check_stack(_upright_size(image), limits, path.name)
         return _rgb(image, path.name)
 
 
 def stack_size(path: Path, limits: MediaLimits) -> tuple[Size, int]:
     """The size of one frame of a stack, and how many there are; raises as `read_stack`."""
-    with _opened(path, limits) as image:
+    with _opened(path, limits, num_pictures=_MAX_STACK_FACTOR) as image:
         width_px, height_px = _upright_size(image)
     _check_stack((width_px, height_px), limits, path.name)
     return (height_px, height_px), width_px // height_px
@@ -117,12 +121,30 @@ def _check_stack(size_px: Size, limits: MediaLimits, subject: str) -> None:
 
 
 @contextmanager
-def _opened(path: Path, limits: MediaLimits) -> Iterator[PilImage.Image]:
+def _opened(path: Path, limits: MediaLimits, *, num_pictures: int = 1) -> Iterator[PilImage.Image]:
     if sniff(path) == "folder":
         raise MediaError("a folder, not a picture", subject=path.name, code="not_media")
     check_bytes(path, limits)
+    _check_bytes_of_pictures(path, limits, num_pictures)
     with path.open("rb") as file, _identified(file, path.name) as image:
         yield image
+
+
+def _check_bytes_of_pictures(path: Path, limits: MediaLimits, num_pictures: int) -> None:
+    """Refuse a file that is larger than its pixels can be.
+
+    Pillow has the whole of a text or of a part that it does not know in memory, several times,
+    before the picture's size can be asked for. The limit of files is one of long videos.
+    """
+    size_bytes = path.stat().st_size
+    largest_bytes = _MAX_BYTES_PER_PX * num_pictures * limits.max_side_px**2 + _MAX_BYTES_BESIDE
+    if size_bytes > largest_bytes:
+        raise MediaError(
+            f"{size_bytes} bytes, and a picture of at most {limits.max_side_px} px a side has no "
+            f"more than {largest_bytes}",
+            subject=path.name,
+            code="too_large",
+        )
 
 
 @contextmanager
