@@ -50,7 +50,7 @@ from tasks import storage
 from tasks.catalog import CatalogPlan, planned_catalog
 from tasks.catalog_book import CatalogBook
 from tasks.catalog_work import CatalogWork
-from tasks.cluster import Outcome, num_fitting, ray_session, run_bundles
+from tasks.cluster import Outcome, num_fitting, ray_session, run_bundles, with_gpus
 from tasks.deliver import (
     claim_of,
     credentials_key,
@@ -186,8 +186,9 @@ class _CatalogRun:
     # --- making
 
     def _make(self) -> None:
-        cluster = self._job.cluster
-        settings = _fitting(WorkerSettings.of(self._job), cluster)
+        cluster = with_gpus(self._job.cluster, self._job.device)
+        job = self._job.model_copy(update={"cluster": cluster})
+        settings = _fitting(WorkerSettings.of(job), cluster)
         num_todo = self._book.num_todo()
         also_cpus = settings.also_cpus
         work = CatalogWork(

@@ -809,6 +809,20 @@ def num_fitting(cluster: Cluster, also_cpus: float) -> float:
     return fits
 
 
+def with_gpus(cluster: Cluster, device: str) -> Cluster:
+    """A GPU for each worker, where the device may be one, Ray has any, and nobody said otherwise.
+
+    An actor that asks for none sees none.
+    """
+    import ray
+
+    if cluster.gpus_per_worker or device == "cpu":
+        return cluster
+    if ray.cluster_resources().get("GPU", 0.0) < 1:  # type: ignore[no-untyped-call]
+        return cluster
+    return cluster.model_copy(update={"gpus_per_worker": 1.0})
+
+
 def _refuse_if_none_fits(cluster: Cluster, also_cpus: float) -> None:
     import ray
 

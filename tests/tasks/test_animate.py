@@ -34,6 +34,7 @@ from kpmask.models import build_system
 from kpmask.records import AnimationRecord, Failure, FeatureRecord, Progress, from_table
 from tasks.animate import _fitting, animate_catalog, animate_pair, plan
 from tasks.catalog import plan_catalog
+from tasks.cluster import with_gpus
 from tasks.globs import matching
 from tasks.inputs import content_digest
 from tasks.parts import read_parts
@@ -831,3 +832,13 @@ def test_media_workers_take_processors_where_there_are_enough(
         found = {"CPU": float(num_cpus), "GPU": 1.0}
         monkeypatch.setattr("ray.cluster_resources", lambda found=found: found)
         assert _fitting(on_gpu, cluster).also_cpus == taken
+
+
+def test_workers_get_the_gpus_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
+    assert with_gpus(Cluster(), "auto").gpus_per_worker == 1
+    assert with_gpus(Cluster(), "cuda").gpus_per_worker == 1
+    assert with_gpus(Cluster(gpus_per_worker=0.5), "auto").gpus_per_worker == 0.5
+    assert with_gpus(Cluster(), "cpu").gpus_per_worker == 0
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0})
+    assert with_gpus(Cluster(), "auto").gpus_per_worker == 0
