@@ -7,7 +7,7 @@ run as Prefect flows, in this process and without a server unless PREFECT_API_UR
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -16,6 +16,7 @@ from flows import console
 from flows.changes import change_line
 from flows.dataset_cli import app as dataset_app
 from flows.options import AsJson, DryRun, JobFile, Out, Overrides, Preset, say_plan
+from flows.weights_cli import app as weights_app
 from kpmask import config
 from kpmask.errors import ConfigError
 
@@ -51,6 +52,7 @@ def root(
 checkpoint_app = typer.Typer(no_args_is_help=True, help="Look at weights, or import original ones.")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(dataset_app, name="dataset")
+app.add_typer(weights_app, name="weights")
 
 
 def _workers(count: int | None) -> dict[str, Any] | None:
@@ -344,7 +346,7 @@ def evaluate(
     ] = None,
     reference: Annotated[str | None, typer.Option(help="The videos that they should be.")] = None,
     metrics: Annotated[
-        str | None, typer.Option(help="Comma-separated: l1,l1_with_first,l1_moving,ssim.")
+        str | None, typer.Option(help=f"Comma-separated: {','.join(get_args(config.MetricName))}.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     preset: Preset = None,
@@ -361,6 +363,8 @@ def evaluate(
         kpmask evaluate --checkpoint w.safetensors --data data/taichi --out scores
 
         kpmask evaluate --generated made --reference wanted --metrics l1,ssim --out scores
+
+        kpmask evaluate --checkpoint w --data d --out scores --set protocol.first_frame=in
     """
     resolved = config.resolve_job(
         config.EvaluateJob,

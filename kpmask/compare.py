@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kpmask.config import Phase, TrainJob
 from kpmask.errors import ConfigError
@@ -26,10 +25,8 @@ from kpmask.records import (
     MetricInfo,
     StepMetrics,
 )
+from kpmask.statistics import margin_interval, margin_percent
 from kpmask.train import plan_phases
-
-NUM_RESAMPLES: Final = 2000
-INTERVAL: Final = (2.5, 97.5)  # percentiles
 
 CROSS_METRICS: Final = tuple(
     MetricInfo(
@@ -223,25 +220,3 @@ def _over_seeds(scores: Sequence[ComparedScore]) -> dict[str, float]:
     for score in scores:
         by_clip.setdefault(score.clip_id, []).append(score.value)
     return {clip: float(np.mean(values)) for clip, values in by_clip.items()}
-
-
-def margin_percent(values_V: NDArray[np.float64], base_V: NDArray[np.float64]) -> float:
-    """How far the mean lies above the baseline's, in percent of that, which is not 0."""
-    base = float(base_V.mean())
-    return 100 * (float(values_V.mean()) - base) / abs(base)
-
-
-def margin_interval(
-    values_V: NDArray[np.float64], base_V: NDArray[np.float64], *, seed: int = 0
-) -> tuple[float, float]:
-    """The 95 % interval of `margin_percent` over videos, the same ones drawn for both (paired).
-
-    Draws of videos in which the baseline's mean is 0 do not count.
-    """
-    count = len(values_V)
-    drawn = np.random.default_rng(seed).integers(count, size=(NUM_RESAMPLES, count))
-    own, base = values_V[drawn].mean(1), base_V[drawn].mean(1)
-    counted = base != 0
-    margins = 100 * (own[counted] - base[counted]) / np.abs(base[counted])
-    low, high = np.percentile(margins, INTERVAL)
-    return float(low), float(high)

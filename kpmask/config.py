@@ -21,7 +21,16 @@ from pydantic import Field, ValidationError, model_validator
 
 from kpmask.errors import ConfigError
 from kpmask.model_config import SYSTEMS, Fraction, ModelConfig, Part, PositiveInt, Weight
-from kpmask.records import MAX_GIF_FPS, Delivery, Motion, OutputFormat, Partition, parse_box
+from kpmask.records import (
+    MAX_GIF_FPS,
+    Average,
+    Delivery,
+    Motion,
+    OutputFormat,
+    Partition,
+    Quantise,
+    parse_box,
+)
 
 Seconds = Annotated[float, Field(gt=0)]
 
@@ -573,7 +582,28 @@ class AnimateJob(Part):
 
 # --- evaluate --------------------------------------------------------------------------------
 
-MetricName = Literal["l1", "l1_with_first", "l1_moving", "ssim"]
+MetricName = Literal[
+    "l1",
+    "l1_with_first",
+    "l1_moving",
+    "psnr",
+    "ssim",
+    "temporal_error",
+    "flicker",
+    "warping_error",
+]
+
+
+class ScoreProtocol(Part):
+    """What scores are over. Numbers of different protocols do not compare."""
+
+    # Frame 0 is the source itself: the papers' text leaves it out, their code counts it.
+    first_frame: Literal["out", "in"] = "out"
+    # Drawn frames before they are scored: as they are, or in 8 bits. The papers' code scored
+    # keypoints and identities of PNGs that were cut off (truncate), half a level too dark.
+    quantise: Quantise = "none"
+    # Which mean is shown first: of the videos' means, or over all frames as in the papers' code.
+    average: Average = "videos"
 
 
 class EvaluateJob(Part):
@@ -588,8 +618,13 @@ class EvaluateJob(Part):
         "l1",
         "l1_with_first",
         "l1_moving",
+        "psnr",
         "ssim",
+        "temporal_error",
+        "flicker",
+        "warping_error",
     )
+    protocol: ScoreProtocol = ScoreProtocol()
     partition: Literal["train", "test"] = "test"
     holdout_fraction: Fraction = 0.0  # as the training had it
     max_clips: PositiveInt | None = None

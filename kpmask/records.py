@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 Partition = Literal["train", "test"]
 Motion = Literal["absolute", "relative"]
-Method = Literal["model", "copy"]
+Method = Literal["model", "copy", "codec"]
+Quantise = Literal["none", "truncate", "round"]
+Average = Literal["videos", "frames"]
 
 
 def digest(value: Any) -> str:  # noqa: ANN401 - any JSON value
@@ -402,7 +404,8 @@ class CatalogManifest:
 class VideoScore:
     """One metric of one video. `num_frames` is how many frames it is the mean of.
 
-    `method` is `model` for the frames under test and `copy` for the baseline that repeats frame 0.
+    `method` is `model` for the frames under test, `copy` for the baseline that repeats frame 0,
+    and `codec` for the true frames after our encoder and a decoder.
     """
 
     clip_id: str
@@ -430,7 +433,8 @@ class ScoreSummary:
     """One metric of one method over all videos.
 
     `mean` and `std` are over the per-video means; `pooled` is the mean over all frames of all
-    videos, as the papers' code has it (longer videos weigh more).
+    videos, as the papers' code has it (longer videos weigh more). The others are the ends of both
+    means' 95 % intervals, bootstrapped over videos; None where there are fewer than two.
     """
 
     metric: str
@@ -440,17 +444,48 @@ class ScoreSummary:
     pooled: float
     num_videos: int
     num_frames: int
+    mean_low: float | None = None
+    mean_high: float | None = None
+    pooled_low: float | None = None
+    pooled_high: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PairedScore:
+    """One metric of the model against another method's, video by video.
+
+    Attributes:
+        difference: the mean over videos of the model's value minus the other's.
+        low, high: its 95 % interval, bootstrapped over videos; None with fewer than two.
+        num_better, num_worse: videos in which the model is the better one, and the worse one.
+        p_value: of the two-sided sign test over these, in [0, 1].
+    """
+
+    metric: str
+    against: Method
+    difference: float
+    low: float | None
+    high: float | None
+    num_videos: int
+    num_better: int
+    num_worse: int
+    p_value: float
 
 
 @dataclass(frozen=True, slots=True)
 class MetricInfo:
-    """What a metric's numbers were made with; numbers compare only where all of it agrees."""
+    """What a metric's numbers were made with; numbers compare only where all of it agrees.
+
+    `counts_first` is whether frame 0 counts, `quantise` what became of drawn frames before.
+    """
 
     name: str
     version: str
     weights_sha256: str | None
     licence: str
     higher_is_better: bool
+    counts_first: bool = False
+    quantise: Quantise = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -458,7 +493,7 @@ class ScoreTable:
     """What a finished evaluation found; its `summary.json`.
 
     `dataset_id`, `weights_sha256` and `perceptual` (the features that the model was trained
-    against) are empty where two folders were compared.
+    against) are empty where two folders were compared. `average` is which mean is shown first.
     """
 
     uri: str
@@ -470,6 +505,8 @@ class ScoreTable:
     num_failures: int
     metrics: tuple[MetricInfo, ...]
     summaries: tuple[ScoreSummary, ...]
+    paired: tuple[PairedScore, ...] = ()
+    average: Average = "videos"
 
 
 # --- compare ---------------------------------------------------------------------------------
@@ -477,9 +514,9 @@ class ScoreTable:
 # reconstruction: a clip from its own first frame. The others: a source moved by another identity's
 # video, in the video's poses or by its motion.
 Protocol = Literal["reconstruction", "cross-absolute", "cross-relative"]
-# model: what a system drew. Beside it, what needs none: the source repeated (copy), the source's
-# own video (source) and the driving video itself (driving).
-ComparedMethod = Literal["model", "copy", "source", "driving"]
+# model: what a system drew. Beside it, what needs none: the source repeated (copy), the true frames
+# after our encoder (codec), the source's own video (source) and the driving video itself (driving).
+ComparedMethod = Literal["model", "copy", "codec", "source", "driving"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,8 @@ from kpmask.records import ClipRecord, ClipScores, Method, ValidationScore
 METRICS: Final[tuple[MetricName, ...]] = ("l1", "l1_moving", "ssim")
 MAX_CLIPS: Final = 8
 MAX_FRAMES: Final = 16  # of a clip, its first one included
-NAMES: Final[dict[Method, str]] = {"model": "", "copy": "copy_"}  # before a metric's name
+# Before a metric's name.
+NAMES: Final[dict[Method, str]] = {"model": "", "copy": "copy_", "codec": "codec_"}
 
 
 class Validation:

@@ -5,6 +5,8 @@
 - Two folders are matched by their videos' names without suffix. Frame 0 of a true video counts as
   its source, as in reconstruction. Frame counts must agree: scores of videos that are out of step
   would say nothing.
+- Beside the model stand a copy of the first frame, and the codec alone: the true frames after the
+  encoder that results are stored with.
 - The first clips leave short previews behind, from which the page shows the best and the worst.
 """
 
@@ -23,7 +25,7 @@ from numpy.typing import NDArray
 
 from kpmask import checkpoint
 from kpmask.animate import Animator, to_frames, to_tensor
-from kpmask.config import EvaluateJob, MediaLimits, MetricName
+from kpmask.config import EvaluateJob, MediaLimits, MetricName, ScoreProtocol
 from kpmask.data.dataset import Dataset
 from kpmask.data.layouts import MediaSource, find_sources
 from kpmask.errors import (
@@ -36,6 +38,7 @@ from kpmask.errors import (
 from kpmask.evaluate import (
     FramePair,
     metric_info,
+    paired_scores,
     reconstruct,
     score_video,
     summarise,
@@ -44,8 +47,10 @@ from kpmask.evaluate import (
 from kpmask.media import decode, images
 from kpmask.media.encode import encode
 from kpmask.media.probe import probe
+from kpmask.media.roundtrip import CRF, through_codec
 from kpmask.metrics import build_metrics
 from kpmask.records import (
+    Average,
     ClipRecord,
     ClipScores,
     Failure,
@@ -73,6 +78,7 @@ from tasks.storage import ObjectStore, absolute
 
 OnProgress = Callable[[Progress], None]
 Frames = NDArray[np.uint8]  # THWC RGB
+Frame = NDArray[np.uint8]  # HWC RGB
 
 SCORES: Final = "scores.parquet"
 FAILURES: Final = "failures.parquet"
@@ -112,6 +118,7 @@ class ScoreSettings:
     device: str
     batch_size: int
     metrics: tuple[MetricName, ...]
+    protocol: ScoreProtocol
     limits: MediaLimits
 
     @classmethod
@@ -123,6 +130,7 @@ class ScoreSettings:
             device=job.device,
             batch_size=job.batch_size,
             metrics=job.metrics,
+            protocol=job.protocol,
             limits=job.limits,
         )
 
@@ -137,12 +145,14 @@ class ScorePlan:
     dataset_id: str
     weights_sha256: str
     perceptual: str
+    average: Average
 
     @property
     def settings_digest(self) -> str:
         """Of all that shapes a clip's scores, but for the clip."""
         metrics = [dataclasses.asdict(metric) for metric in self.metrics]
-        return digest({"weights": self.weights_sha256, "metrics": metrics})
+        values = {"weights": self.weights_sha256, "metrics": metrics, "codec_crf": CRF}
+        return digest(values)
 
 
 def evaluate(job: EvaluateJob, *, on_progress: OnProgress | None = None) -> ScoreTable:
@@ -205,10 +215,11 @@ def plan(job: EvaluateJob) -> list[str]:
 
 
 def _planned(job: EvaluateJob) -> ScorePlan:
-    metrics = tuple(metric_info(metric) for metric in build_metrics(job.metrics))
+    metrics = tuple(metric_info(metric, job.protocol) for metric in build_metrics(job.metrics))
+    average = job.protocol.average
     if job.checkpoint is None:
         pairs, failures = _video_pairs(job)
-        return ScorePlan(tuple(pairs), tuple(failures), metrics, "", "", "")
+        return ScorePlan(tuple(pairs), tuple(failures), metrics, "", "", "", average)
     loaded = checkpoint.load(weights.local_weights(job.checkpoint))
     clips, dataset_id = _dataset_clips(job)
     side_px = loaded.config.image_size_px
@@ -222,7 +233,7 @@ def _planned(job: EvaluateJob) -> ScorePlan:
                 hint="preprocess to the model's size: a resized clip would have other scores",
             )
     perceptual = str(loaded.info.get("perceptual", "unknown"))
-    return ScorePlan(tuple(clips), (), metrics, dataset_id, loaded.sha256, perceptual)
+    return ScorePlan(tuple(clips), (), metrics, dataset_id, loaded.sha256, perceptual, average)
 
 
 def _dataset_clips(job: EvaluateJob) -> tuple[list[ClipRecord], str]:
@@ -355,10 +366,14 @@ class ClipWorker:
 
         Raises:
             DatasetError: what is stored is not what the manifest says.
+            ItemError: the model draws pixels that are no numbers.
         """
-        assert isinstance(item.clip, ClipRecord)
-        pairs = reconstruct(self._animator, self._chunks(item.clip))
-        return self._scorer.score(item, pairs, fps=item.clip.fps)
+        clip = item.clip
+        assert isinstance(clip, ClipRecord)
+        true = itertools.chain.from_iterable(self._chunks(clip))
+        with through_codec(true, fps=clip.fps) as codec:
+            pairs = reconstruct(self._animator, self._chunks(clip))
+            return self._scorer.score(item, pairs, codec=codec, fps=clip.fps)
 
     def _chunks(self, clip: ClipRecord) -> Iterator[Frames]:
         for start in range(0, clip.num_frames, self._settings.batch_size):
@@ -382,13 +397,16 @@ class PairWorker:
         clip, limits = item.clip, self._settings.limits
         assert isinstance(clip, VideoPair)
         with local_media(clip.generated) as generated, local_media(clip.reference) as reference:
+            fps = probe(reference, limits).fps
             pairs = _paired(
                 decode.frames(generated, limits),
                 decode.frames(reference, limits),
                 batch_size=self._settings.batch_size,
                 name=clip.name,
             )
-            return self._scorer.score(item, pairs, fps=probe(reference, limits).fps)
+            true = (frame.rgb_HWC for frame in decode.frames(reference, limits))
+            with through_codec(true, fps=fps) as codec:
+                return self._scorer.score(item, pairs, codec=codec, fps=fps)
 
 
 def _paired(
@@ -427,12 +445,22 @@ class _Scorer:
     def __init__(self, settings: ScoreSettings) -> None:
         self._store = storage.open_store(settings.out)
         self._metrics = build_metrics(settings.metrics)
+        self._protocol = settings.protocol
 
-    def score(self, item: ScoreItem, pairs: Iterable[FramePair], *, fps: float) -> ClipScores:
+    def score(
+        self, item: ScoreItem, pairs: Iterable[FramePair], *, codec: Iterator[Frame], fps: float
+    ) -> ClipScores:
         clip = item.clip
         kept: list[tuple[Frames, Frames]] = []
         pairs = _watched(pairs, kept) if item.preview else pairs
-        scores = score_video(pairs, self._metrics, clip_id=clip.clip_id, name=clip.name)
+        scores = score_video(
+            pairs,
+            self._metrics,
+            clip_id=clip.clip_id,
+            name=clip.name,
+            protocol=self._protocol,
+            codec=codec,
+        )
         if item.preview:
             self._show(clip.clip_id, kept, fps)
         return scores
@@ -487,6 +515,8 @@ def _publish(
         num_failures=len(failures),
         metrics=planned.metrics,
         summaries=summarise(scores),
+        paired=paired_scores(scores, planned.metrics),
+        average=planned.average,
     )
     metadata = {"settings_digest": planned.settings_digest}
     write_table(store, FAILURES, failures, Failure, metadata=metadata)

@@ -24,6 +24,7 @@ from kpmask.records import (
     DatasetManifest,
     Failure,
     MetricInfo,
+    PairedScore,
     RunManifest,
     ScoreSummary,
     ScoreTable,
@@ -107,6 +108,7 @@ def _score_table(values: Mapping[str, Any]) -> ScoreTable:
     parts = {
         "metrics": tuple(MetricInfo(**value) for value in values["metrics"]),
         "summaries": tuple(ScoreSummary(**value) for value in values["summaries"]),
+        "paired": tuple(PairedScore(**value) for value in values.get("paired", ())),
     }
     return ScoreTable(**{**values, **parts})
 

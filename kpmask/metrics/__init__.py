@@ -1,12 +1,12 @@
 """Evaluation metrics: one file per family, one protocol.
 
-- A metric scores each frame by itself; averaging is `kpmask.evaluate`'s business.
-- Frames are float RGB in [0, 1], as the model drew them. The papers' code scored 8-bit PNGs that
-  were truncated instead of rounded, which moves every value by up to half a grey level; nothing is
-  quantised here.
+- A metric scores each frame by itself, or with the few before it; a metric of a whole set has
+  features of each frame or video, and one value for all of them. Averaging and what frames there
+  are is `kpmask.evaluate`'s business.
+- Frames are float RGB in [0, 1], as `ScoreProtocol.quantise` has them.
 - A frame that a metric cannot score (nothing moved in it, no face was found) is NaN and is left
   out of the means, whose `num_frames` says how many were counted.
-- Two numbers are comparable only if name, version and weights of their metrics agree.
+- Two numbers are comparable only if name, version, weights and protocol of their metrics agree.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import Tensor
 from kpmask.config import MetricName
 
 
-class Metric(Protocol):
-    """How alike generated and true frames are.
+class Described(Protocol):
+    """What is said of every metric's numbers.
 
     Attributes:
         name: what its rows are called.
@@ -30,7 +30,6 @@ class Metric(Protocol):
         weights_sha256: the network behind it; None where there is none.
         licence: SPDX identifier of the code and weights behind it.
         higher_is_better: how to read it.
-        counts_first: whether frame 0, which is the source itself, is part of the mean.
     """
 
     @property
@@ -43,13 +42,29 @@ class Metric(Protocol):
     def licence(self) -> str: ...
     @property
     def higher_is_better(self) -> bool: ...
+
+
+class Metric(Described, Protocol):
+    """How alike generated and true frames are.
+
+    Attributes:
+        counts_first: whether frame 0, which is the source itself, is part of the mean whatever
+            the protocol says.
+        frames_before: how many frames before a frame its value needs, 0 for a frame by itself.
+    """
+
     @property
     def counts_first(self) -> bool: ...
+    @property
+    def frames_before(self) -> int: ...
 
     def per_frame(
         self, generated_TCHW: Tensor, reference_TCHW: Tensor, source_CHW: Tensor
     ) -> NDArray[np.float64]:
         """One value a frame (T), NaN for a frame that cannot be scored.
+
+        Frames are consecutive. The first `frames_before` of them have too few before them and are
+        NaN, so that a long video may be scored in pieces that overlap by so many.
 
         Args:
             generated_TCHW, reference_TCHW: float RGB in [0, 1], of the same shape.
@@ -58,15 +73,47 @@ class Metric(Protocol):
         ...
 
 
+class SetMetric(Described, Protocol):
+    """How alike two sets of videos are, without pairing them: a Fréchet distance, say.
+
+    Attributes:
+        frames_per_window: its features are of so many consecutive frames, 1 for single frames.
+        min_windows: of fewer than so many in all there is no value.
+    """
+
+    @property
+    def frames_per_window(self) -> int: ...
+    @property
+    def min_windows(self) -> int: ...
+
+    def features(self, frames_NTCHW: Tensor) -> NDArray[np.float64]:
+        """Features (N, D) of N windows.
+
+        Args:
+            frames_NTCHW: float RGB in [0, 1], T being `frames_per_window`.
+        """
+        ...
+
+    def score(self, generated_ND: NDArray[np.float64], reference_ND: NDArray[np.float64]) -> float:
+        """The value of a set, from the features of all its windows, at least `min_windows`."""
+        ...
+
+
 def build_metrics(names: Sequence[MetricName]) -> list[Metric]:
     """The metrics of these names, in their order, each once."""
-    from kpmask.metrics.pixel import L1, MovingL1
+    from kpmask.metrics.pixel import L1, MovingL1, Psnr
     from kpmask.metrics.ssim import Ssim
+    from kpmask.metrics.temporal import Flicker, TemporalError
+    from kpmask.metrics.warping import WarpingError
 
     known: dict[MetricName, Metric] = {
         "l1": L1(),
         "l1_with_first": L1(counts_first=True),
         "l1_moving": MovingL1(),
+        "psnr": Psnr(),
         "ssim": Ssim(),
+        "temporal_error": TemporalError(),
+        "flicker": Flicker(),
+        "warping_error": WarpingError(),
     }
     return [known[name] for name in dict.fromkeys(names)]

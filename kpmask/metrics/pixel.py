@@ -1,25 +1,29 @@
-"""L1 distance: over whole frames, and over the part that moved."""
+"""Distances of pixels: L1 over whole frames and over the part that moved, and PSNR."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+MAX_DB: Final = 100.0
+
 
 @dataclass(frozen=True)
 class L1:
-    """Mean absolute difference over pixels and channels, in [0, 1].
+    """Mean absolute difference over pixels and channels, in [0, 1]; lower is better.
 
-    `l1` leaves frame 0 out, as the papers' text has it; `l1_with_first` counts it, as their
-    published code does.
+    mean |G - R|, of generated frame G and true frame R. The papers' reconstruction score (Siarohin
+    et al. 2019, First Order Motion Model). `l1` leaves frame 0 out, as the papers' text has it;
+    `l1_with_first` counts it, as their published code does.
     """
 
     counts_first: bool = False
+    frames_before: ClassVar[int] = 0
     version: ClassVar[str] = "1"
     weights_sha256: ClassVar[str | None] = None
     licence: ClassVar[str] = "Apache-2.0"
@@ -38,16 +42,17 @@ class L1:
 
 @dataclass(frozen=True)
 class MovingL1:
-    """Mean absolute difference over the pixels that moved, in [0, 1].
+    """Mean absolute difference over the pixels that moved, in [0, 1]; lower is better.
 
-    A pixel moved when some channel of the true frame differs from the source by more than
-    `threshold`. Most of a frame is background, which a copy of the source gets right, so this is
-    what tells a model from no model. Frames in which nothing moved are not scored.
+    mean |G - R| over pixels with max over channels |R - S| > `threshold`, S being the source. Ours:
+    most of a frame is background, which a copy of the source gets right, so this is what tells a
+    model from no model. Frames in which nothing moved are not scored.
     """
 
     threshold: float = 0.08
     name: ClassVar[str] = "l1_moving"
     counts_first: ClassVar[bool] = False
+    frames_before: ClassVar[int] = 0
     version: ClassVar[str] = "1"
     weights_sha256: ClassVar[str | None] = None
     licence: ClassVar[str] = "Apache-2.0"
@@ -60,6 +65,32 @@ class MovingL1:
         error_THW = (generated_TCHW - reference_TCHW).abs().double().mean(1)
         total_T = torch.where(moved_THW, error_THW, 0).sum((1, 2))
         return _as_float64(total_T / moved_THW.sum((1, 2)))  # 0 / 0 is NaN: not scored
+
+
+@dataclass(frozen=True)
+class Psnr:
+    """Peak signal-to-noise ratio in dB, in [0, 100]; higher is better.
+
+    -10 log10(mean (G - R)^2) of each frame, over pixels and all three channels together, for a
+    peak of 1, as scikit-image has it with `data_range=1`. Equal frames would be infinite, and with
+    them every mean, so it ends at 100 dB. A video's score is the mean of its frames' dB, which is
+    not the dB of their mean error.
+    """
+
+    name: ClassVar[str] = "psnr"
+    counts_first: ClassVar[bool] = False
+    frames_before: ClassVar[int] = 0
+    version: ClassVar[str] = "1"
+    weights_sha256: ClassVar[str | None] = None
+    licence: ClassVar[str] = "Apache-2.0"
+    higher_is_better: ClassVar[bool] = True
+
+    def per_frame(
+        self, generated_TCHW: Tensor, reference_TCHW: Tensor, source_CHW: Tensor
+    ) -> NDArray[np.float64]:
+        error_TCHW = generated_TCHW.double() - reference_TCHW.double()
+        mean_T = error_TCHW.square().flatten(1).mean(1)
+        return _as_float64(-10 * mean_T.clamp(min=10 ** (-MAX_DB / 10)).log10())
 
 
 def _as_float64(values_T: Tensor) -> NDArray[np.float64]:

@@ -1,4 +1,7 @@
-"""Structural similarity (Wang et al. 2004).
+"""Structural similarity (Wang et al. 2004, Image Quality Assessment).
+
+Over windows, mean of (2 m_a m_b + C1)(2 s_ab + C2) / ((m_a^2 + m_b^2 + C1)(s_a^2 + s_b^2 + C2)), of
+means m, variances s^2 and covariance s_ab, with C1 = 0.01^2 and C2 = 0.03^2.
 
 The 11x11 Gaussian of the paper (sigma 1.5), population covariance, data range 1, mean over the
 three channels and over the pixels whose window lies inside the frame: what scikit-image computes
@@ -24,10 +27,11 @@ C1, C2 = 0.01**2, 0.03**2
 
 @dataclass(frozen=True)
 class Ssim:
-    """Mean SSIM of a frame, in [-1, 1]; 1 is equal."""
+    """Mean SSIM of a frame, in [-1, 1]; higher is better, 1 is equal."""
 
     name: ClassVar[str] = "ssim"
     counts_first: ClassVar[bool] = False
+    frames_before: ClassVar[int] = 0
     version: ClassVar[str] = "1"
     weights_sha256: ClassVar[str | None] = None
     licence: ClassVar[str] = "Apache-2.0"

@@ -9,23 +9,58 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from kpmask.records import Failure, MetricInfo, ScoreSummary, ScoreTable, VideoScore
+from kpmask.records import (
+    Average,
+    Failure,
+    MetricInfo,
+    PairedScore,
+    Quantise,
+    ScoreSummary,
+    ScoreTable,
+    VideoScore,
+)
 from kpmask.report.gallery import GalleryMedia, Item
 from kpmask.report.page import Tile, failure_tile, failure_values, figure, num, render
 
-METHODS: Final[Mapping[str, str]] = {"model": "this model", "copy": "copy of the source"}
+METHODS: Final[Mapping[str, str]] = {
+    "model": "this model",
+    "copy": "copy of the source",
+    "codec": "the codec alone",
+}
 METRICS: Final[Mapping[str, tuple[str, str]]] = {
-    "l1": ("L1", "Mean absolute difference of pixels in [0, 1], frame 0 left out."),
-    "l1_with_first": (
-        "L1 with first",
-        "L1 with frame 0 counted, as the papers' published code has it.",
-    ),
+    "l1": ("L1", "Mean absolute difference of pixels in [0, 1]."),
+    "l1_with_first": ("L1 with first", "L1 as the papers' published code has it."),
     "l1_moving": (
         "L1 moving",
         "L1 over the pixels that differ from the source: those that move.",
     ),
+    "psnr": ("PSNR", "Peak signal-to-noise ratio in dB; 100 for equal pictures."),
     "ssim": ("SSIM", "Structural similarity; 1 for equal pictures."),
+    "temporal_error": (
+        "Temporal error",
+        "Mean absolute difference of the changes from frame to frame, in [0, 2].",
+    ),
+    "flicker": (
+        "Flicker",
+        "Mean absolute change from frame to frame where the true video stands still. A frozen "
+        "picture has none, so read it beside the temporal error.",
+    ),
+    "warping_error": (
+        "Warping error",
+        "Mean squared change of colour along the true video's motion, by DIS optical flow. A true "
+        "video is above 0 too.",
+    ),
 }
+QUANTISED: Final[Mapping[Quantise, str]] = {
+    "none": "frames as they are drawn",
+    "truncate": "drawn frames cut off to 8 bits",
+    "round": "drawn frames rounded to 8 bits",
+}
+AVERAGES: Final[Mapping[Average, str]] = {
+    "videos": "mean of the videos' means",
+    "frames": "mean over all frames together",
+}
+NOT_BEST: Final = frozenset({METHODS["codec"]})  # it shows true frames, and is no rival
 MAX_DOTS: Final = 600
 LEFT, RIGHT, BASE = 14, 346, 86  # of a plot, in units of its view box
 
@@ -38,15 +73,29 @@ class MetricColumn:
     label: str
     text: str
     summary: ScoreSummary | None
+    average: Average = "videos"
+    paired: PairedScore | None = None
 
     @property
     def higher_is_better(self) -> bool:
         return self.info.higher_is_better
 
+    @property
+    def value(self) -> float | None:
+        return None if self.summary is None else shown_mean(self.summary, self.average)[0]
+
+    @property
+    def protocol(self) -> str:
+        """What its numbers are over."""
+        return protocol_line(self.info, self.average)
+
 
 @dataclass(frozen=True, slots=True)
 class _Cell:
     summary: ScoreSummary | None
+    value: float | None
+    low: float | None
+    high: float | None
     best: bool
 
 
@@ -87,7 +136,7 @@ def evaluation_page(
     """
     columns = metric_columns(table)
     rows = _video_rows(columns, scores)
-    tiles = [Tile(figure(c.summary.mean), c.label) for c in columns if c.summary is not None]
+    tiles = [Tile(figure(c.value), c.label) for c in columns if c.value is not None]
     return render(
         "evaluation.html",
         title=title,
@@ -97,6 +146,7 @@ def evaluation_page(
         table=table,
         tiles=[Tile(num(table.num_videos), "videos"), *tiles, failure_tile(table.num_failures)],
         metrics=columns,
+        average=AVERAGES[table.average],
         methods=method_rows(table),
         frame={"left": LEFT, "right": RIGHT, "base": BASE, "width": 360, "height": 112},
         plots=[_plot(column, table, scores) for column in columns] if rows else [],
@@ -110,11 +160,26 @@ def evaluation_page(
 def metric_columns(table: ScoreTable) -> list[MetricColumn]:
     """The columns of a table of methods x metrics."""
     mine = {s.metric: s for s in table.summaries if s.method == "model"}
+    paired = {p.metric: p for p in table.paired if p.against == "copy"}
     columns = []
     for info in table.metrics:
         label, text = METRICS.get(info.name, (info.name, ""))
-        columns.append(MetricColumn(info, label, text, mine.get(info.name)))
+        found = (mine.get(info.name), table.average, paired.get(info.name))
+        columns.append(MetricColumn(info, label, text, *found))
     return columns
+
+
+def protocol_line(info: MetricInfo, average: Average) -> str:
+    """What a metric's numbers are over, to be read beside them."""
+    first = "frame 0 counted" if info.counts_first else "frame 0 left out"
+    return f"{first}, {QUANTISED[info.quantise]}, {AVERAGES[average]}"
+
+
+def shown_mean(summary: ScoreSummary, average: Average) -> tuple[float, float | None, float | None]:
+    """The mean that a table shows first, and the ends of its 95 % interval."""
+    if average == "frames":
+        return summary.pooled, summary.pooled_low, summary.pooled_high
+    return summary.mean, summary.mean_low, summary.mean_high
 
 
 def method_rows(table: ScoreTable) -> list[MethodRow]:
@@ -123,6 +188,7 @@ def method_rows(table: ScoreTable) -> list[MethodRow]:
     return _rows(
         table.metrics,
         {METHODS.get(m, m): [s for s in table.summaries if s.method == m] for m in methods},
+        table.average,
     )
 
 
@@ -135,26 +201,36 @@ def compared_rows(tables: Mapping[str, ScoreTable]) -> list[MethodRow]:
     for method in dict.fromkeys(s.method for s in first.summaries if s.method != "model"):
         found = [s for s in first.summaries if s.method == method]
         named[METHODS.get(method, method)] = found
-    return _rows(first.metrics, named)
+    return _rows(first.metrics, named, first.average)
 
 
 def _rows(
-    metrics: Sequence[MetricInfo], named: Mapping[str, Sequence[ScoreSummary]]
+    metrics: Sequence[MetricInfo],
+    named: Mapping[str, Sequence[ScoreSummary]],
+    average: Average,
 ) -> list[MethodRow]:
     """A row for each name; the best of each metric is marked."""
     best: dict[str, float] = {}
+    rivals = [s for name, found in named.items() if name not in NOT_BEST for s in found]
     for info in metrics:
-        means = [s.mean for found in named.values() for s in found if s.metric == info.name]
+        means = [shown_mean(s, average)[0] for s in rivals if s.metric == info.name]
         finite = [mean for mean in means if math.isfinite(mean)]
         if len(finite) > 1:
             best[info.name] = max(finite) if info.higher_is_better else min(finite)
     rows = []
     for name, found in named.items():
         by_metric = {s.metric: s for s in found}
-        cells = [by_metric.get(info.name) for info in metrics]
-        marked = [_Cell(s, s is not None and s.mean == best.get(s.metric)) for s in cells]
-        rows.append(MethodRow(name, marked))
+        marks = {} if name in NOT_BEST else best
+        cells = [_cell(by_metric.get(info.name), average, marks) for info in metrics]
+        rows.append(MethodRow(name, cells))
     return rows
+
+
+def _cell(summary: ScoreSummary | None, average: Average, best: Mapping[str, float]) -> _Cell:
+    if summary is None:
+        return _Cell(None, None, None, None, best=False)
+    value, low, high = shown_mean(summary, average)
+    return _Cell(summary, value, low, high, best=value == best.get(summary.metric))
 
 
 def _video_rows(columns: Sequence[MetricColumn], scores: Sequence[VideoScore]) -> list[_VideoRow]:

@@ -11,10 +11,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kpmask.evaluate import metric_info, score_video, summarise, video_scores
+from kpmask.animate import to_frames
+from kpmask.config import MetricName, ScoreProtocol
+from kpmask.errors import ConfigError
+from kpmask.evaluate import (
+    metric_info,
+    paired_scores,
+    quantised,
+    score_set,
+    score_video,
+    summarise,
+    video_scores,
+    window_features,
+)
 from kpmask.metrics import build_metrics
 from kpmask.metrics.pixel import L1
 from kpmask.records import ClipScores, VideoScore
+from kpmask.statistics import mean_interval
 
 
 @dataclass(frozen=True)
@@ -28,6 +41,7 @@ class Listed:
     weights_sha256: str | None = "ab"
     licence: str = "MIT"
     higher_is_better: bool = True
+    frames_before: int = 0
 
     def per_frame(
         self, generated_TCHW: Tensor, reference_TCHW: Tensor, source_CHW: Tensor
@@ -76,6 +90,180 @@ def test_the_copy_is_frame_0_repeated() -> None:
     rows = {row.method: row.value for row in video_scores([scores])}
     assert rows["copy"] == pytest.approx((true[1:] - true[0]).abs().mean().item(), abs=1e-6)
     assert rows["model"] == pytest.approx((drawn - true)[1:].abs().mean().item(), abs=1e-6)
+
+
+# --- chunks, the codec, the protocol ---------------------------------------------------------
+
+DEFAULT: tuple[MetricName, ...] = ("l1", "psnr", "temporal_error", "flicker", "warping_error")
+
+
+def drifting(count: int, *, seed: int = 0) -> Tensor:
+    """Frames of a smooth picture that drifts over one that stands still."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(1, 3, 9, 9, generator=generator)
+    picture = torch.nn.functional.interpolate(coarse, size=(64, 64), mode="bicubic").clamp(0, 1)
+    frames = picture.repeat(count, 1, 1, 1)
+    for t in range(count):
+        frames[t, :, 10:30, 8 + t : 28 + t] = picture[0, :, 40:60, 40:60]
+    return frames
+
+
+@dataclass(frozen=True)
+class SecondChange:
+    """The mean of a frame less that of two frames before; what came as frame 0 does not matter."""
+
+    frames_before: int = 2
+    counts_first: bool = False
+    name: str = "second_change"
+    version: str = "1"
+    weights_sha256: str | None = None
+    licence: str = "MIT"
+    higher_is_better: bool = False
+
+    def per_frame(
+        self, generated_TCHW: Tensor, reference_TCHW: Tensor, source_CHW: Tensor
+    ) -> NDArray[np.float64]:
+        means = generated_TCHW.double().mean((1, 2, 3)).numpy()
+        values = np.full(len(means), np.nan)
+        values[2:] = means[2:] - means[:-2]
+        return values
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_the_length_of_chunks_changes_no_score(size: int) -> None:
+    true = drifting(7)
+    drawn = (true + 0.1 * torch.rand(true.shape, generator=torch.manual_seed(1))).clamp(0, 1)
+    metrics = [*build_metrics(DEFAULT), SecondChange()]
+    whole, parts = (
+        score_video(
+            ((drawn[i : i + n], true[i : i + n]) for i in range(0, 7, n)),
+            metrics,
+            clip_id="c",
+            name="n",
+            codec=iter(to_frames(0.5 * true)),
+        )
+        for n in (7, size)
+    )
+    assert parts.metrics == whole.metrics
+    assert parts.methods == whole.methods == ("model", "copy", "codec") * len(metrics)
+    assert parts.num_frames == whole.num_frames
+    np.testing.assert_allclose(parts.values, whole.values, rtol=1e-9, atol=1e-15)
+    by_hand = drawn.double().mean((1, 2, 3)).numpy()
+    change = whole.values[whole.metrics.index("second_change")]
+    assert change == pytest.approx((by_hand[2:] - by_hand[:-2]).mean())
+
+
+def test_the_codec_is_scored_beside_the_model() -> None:
+    true = drifting(4)
+    stored = to_frames(0.9 * true)
+    scores = score_video([(true, true)], [L1()], clip_id="c", name="n", codec=iter(stored))
+    rows = {row.method: row.value for row in video_scores([scores])}
+    expected = np.abs(stored / 255 - true.permute(0, 2, 3, 1).double().numpy())[1:].mean()
+    assert rows["codec"] == pytest.approx(expected, abs=1e-7)
+    assert rows["model"] == 0
+    for wrong in (stored[:3], stored[:, :32]):
+        with pytest.raises(ValueError, match="beside"):
+            score_video([(true, true)], [L1()], clip_id="c", name="n", codec=iter(wrong))
+
+
+def test_drawn_frames_in_8_bits() -> None:
+    image = torch.rand(2, 3, 16, 16, generator=torch.manual_seed(2)) * 1.2 - 0.1
+    clipped = image.clamp(0, 1).numpy()
+    truncated = (255 * clipped).astype(np.uint8)  # as the papers' code writes its PNGs
+    assert (quantised(image, "truncate").numpy() * 255).round().tolist() == truncated.tolist()
+    assert quantised(image, "round").numpy() == pytest.approx(np.rint(clipped * 255) / 255)
+    assert quantised(image, "none") is image
+    levels = torch.arange(256).view(1, 1, 16, 16).expand(1, 3, 16, 16).float() / 255
+    assert (to_frames(quantised(levels, "truncate")) == to_frames(levels)).all()
+
+
+def test_the_protocol_is_in_the_scores() -> None:
+    true = drifting(5)
+    drawn = 0.7 * true + 0.001
+    protocol = ScoreProtocol(first_frame="in", quantise="truncate")
+    scores = score_video([(drawn, true)], [L1()], clip_id="c", name="n", protocol=protocol)
+    cut = torch.from_numpy((drawn.numpy() * 255).astype(np.uint8)) / 255
+    assert of_model(scores) == (pytest.approx((cut - true).abs().mean().item(), abs=1e-6), 5)
+    info = metric_info(L1(), protocol)
+    assert (info.counts_first, info.quantise) == (True, "truncate")
+    assert metric_info(L1(counts_first=True)).counts_first
+    assert not metric_info(L1()).counts_first
+
+
+# --- a whole set -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MeanGap:
+    """A metric of a set: how far the windows' mean brightnesses are apart."""
+
+    frames_per_window: int = 3
+    min_windows: int = 4
+    name: str = "mean_gap"
+    version: str = "1"
+    weights_sha256: str | None = None
+    licence: str = "MIT"
+    higher_is_better: bool = False
+
+    def features(self, frames_NTCHW: Tensor) -> NDArray[np.float64]:
+        assert frames_NTCHW.shape[1] == self.frames_per_window
+        return frames_NTCHW.double().mean((2, 3, 4)).numpy()
+
+    def score(self, generated_ND: NDArray[np.float64], reference_ND: NDArray[np.float64]) -> float:
+        return float(np.abs(generated_ND.mean(0) - reference_ND.mean(0)).sum())
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
+def test_windows_follow_one_another_whatever_the_chunks(size: int) -> None:
+    frames = numbered(8)
+    features = window_features(MeanGap(), (frames[i : i + size] for i in range(0, 8, size)))
+    assert features.tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert window_features(MeanGap(), [frames[:2]]).shape == (0, 0)
+
+
+def test_a_set_that_is_too_small_has_no_score() -> None:
+    metric = MeanGap()
+    two = window_features(metric, [numbered(6)])
+    short = window_features(metric, [numbered(2)])
+    assert score_set(metric, [two, two], [two + 1, short, two + 3]) == pytest.approx(6)
+    with pytest.raises(ConfigError, match="2 windows of 3 frames are too few: it takes 4"):
+        score_set(metric, [two, two], [two, short])
+
+
+# --- tables ----------------------------------------------------------------------------------
+
+
+def test_the_model_against_the_copy_video_by_video() -> None:
+    values = {"a": (0.1, 0.3), "b": (0.2, 0.1), "c": (0.1, 0.4), "d": (0.2, 0.2)}
+    rows = [
+        VideoScore(clip, clip, metric, method, value, 9)
+        for metric in ("l1", "ssim")
+        for clip, pair in values.items()
+        for method, value in zip(("model", "copy"), pair, strict=True)
+    ]
+    rows.append(VideoScore("e", "e", "l1", "model", 7.0, 9))  # has no copy: does not count
+    infos = [metric_info(metric) for metric in build_metrics(("l1", "ssim", "psnr"))]
+    l1, ssim = paired_scores(rows, infos)
+    assert (l1.metric, l1.against, l1.num_videos) == ("l1", "copy", 4)
+    assert (l1.num_better, l1.num_worse) == (2, 1)
+    assert (ssim.num_better, ssim.num_worse) == (1, 2)
+    assert l1.difference == pytest.approx(-0.1)
+    assert l1.low is not None and l1.high is not None and l1.low < -0.1 < l1.high
+    assert l1.p_value == 1.0  # one of three
+
+
+def test_both_means_have_intervals() -> None:
+    random = np.random.default_rng(3)
+    values, frames = random.uniform(0, 1, 12), random.integers(5, 50, 12)
+    rows = [
+        VideoScore(str(i), str(i), "l1", "model", v, n)
+        for i, (v, n) in enumerate(zip(values.tolist(), frames.tolist(), strict=True))
+    ]
+    (summary,) = summarise(rows)
+    assert (summary.mean_low, summary.mean_high) == mean_interval(values)
+    assert (summary.pooled_low, summary.pooled_high) == mean_interval(values, frames.astype(float))
+    (single,) = summarise(rows[:1])
+    assert (single.mean_low, single.pooled_high) == (None, None)
 
 
 def test_two_means_over_videos() -> None:

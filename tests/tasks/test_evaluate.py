@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,10 +13,18 @@ import pytest
 import torch
 
 from kpmask import Animator, checkpoint
-from kpmask.config import Cluster, EvaluateJob, MediaLimits
+from kpmask.config import Cluster, EvaluateJob, MediaLimits, MetricName, ScoreProtocol
 from kpmask.data.dataset import Dataset
 from kpmask.data.shards import ShardWriter
-from kpmask.errors import CheckpointError, ConfigError, DatasetError, MediaError, RunFailed
+from kpmask.errors import (
+    CheckpointError,
+    ConfigError,
+    DatasetError,
+    ItemError,
+    MediaError,
+    RunFailed,
+)
+from kpmask.evaluate import reconstruct
 from kpmask.media import images
 from kpmask.media.encode import encode
 from kpmask.model_config import Hourglass, KeypointDetector, KeypointMaskModel, LowResolution
@@ -173,12 +182,16 @@ def test_scores_are_those_of_a_slow_loop(scored: Any, inputs: Path) -> None:
         assert summary.num_frames == sum(len(errors) for errors in videos)
 
 
-def test_every_metric_stands_beside_the_copy(scored: Any) -> None:
+def test_every_metric_stands_beside_the_copy_and_the_codec(scored: Any) -> None:
     _, table, _ = scored
-    names = ["l1", "l1_with_first", "l1_moving", "ssim"]
+    names = list(get_args(MetricName))
     assert {(s.metric, s.method) for s in table.summaries} == {
-        (name, method) for name in names for method in ("model", "copy")
+        (name, method) for name in names for method in ("model", "copy", "codec")
     }
+    assert [row.metric for row in table.paired] == names
+    means = {(s.metric, s.method): s.mean for s in table.summaries}
+    assert means["l1", "codec"] < 0.5 * means["l1", "copy"]
+    assert means["psnr", "codec"] > 25
     assert [info.name for info in table.metrics] == names
     assert (table.num_videos, table.num_failures) == (3, 0)
     assert (table.perceptual, table.dataset_id) == ("none", "d" * 64)
@@ -203,6 +216,31 @@ def test_a_rerun_scores_nothing_again(scored: Any, inputs: Path) -> None:
     assert evaluate(model_job(inputs, out), on_progress=again.append) == table
     assert again == []
     assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
+
+
+def test_another_protocol_is_another_score(scored: Any, inputs: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(scored[0], tmp_path / "out"))
+    again: list[Progress] = []
+    pooled = model_job(inputs, out, protocol=ScoreProtocol(average="frames"))
+    table = evaluate(pooled, on_progress=again.append)
+    assert again == []  # both means are there: it is only another page
+    assert (table.summaries, table.average) == (scored[1].summaries, "frames")
+    assert table.settings_digest == scored[1].settings_digest
+    protocol = ScoreProtocol(first_frame="in", quantise="truncate")
+    table = evaluate(model_job(inputs, out, protocol=protocol), on_progress=again.append)
+    assert len(again) == 3
+    assert {(m.counts_first, m.quantise) for m in table.metrics} == {(True, "truncate")}
+    rows = {(row.clip_id, row.metric, row.method): row for row in read_scores(out)}
+    assert rows["test2", "l1", "model"].num_frames == 1  # a clip of one frame has a score now
+    assert rows["test0", "l1", "copy"].num_frames == 11
+
+
+def test_a_model_that_draws_no_numbers_is_told_of(inputs: Path) -> None:
+    system = build_system(MODEL)
+    for parameter in system.parameters():
+        torch.nn.init.constant_(parameter, float("nan"))
+    with pytest.raises(ItemError, match="no numbers"):
+        list(reconstruct(Animator(system, device="cpu"), [some_frames(3)]))
 
 
 def test_what_cannot_be_evaluated(inputs: Path, tmp_path: Path) -> None:
@@ -276,6 +314,7 @@ def test_folders_are_matched_by_name(ray_cluster: None, folders: Path, tmp_path:
     assert values["equal", "l1_with_first", "model"] == 0
     assert values["equal", "ssim", "model"] == pytest.approx(1)
     assert values["equal", "l1", "copy"] > 0.01
+    assert 0 < values["equal", "l1", "codec"] < 0.05
     expected = np.abs(some_frames(9, seed=1)[1:] / 255 - some_frames(9)[1:] / 255).mean()
     # x264 stores half the colour, even without loss
     assert values["different", "l1", "model"] == pytest.approx(expected, abs=0.02)
