@@ -25,7 +25,7 @@ from kpmask import provenance
 from kpmask.animate import Animator, Frame, Transfer, best_frame, state_tensors
 from kpmask.certificates import Signer
 from kpmask.config import AnimateJob, MediaLimits, Output
-from kpmask.errors import ItemError, KpmaskError
+from kpmask.errors import ItemError, KpmaskError, StorageError
 from kpmask.models.base import State
 from kpmask.optimize import Wanted
 from kpmask.records import AnimationItem, AnimationRecord, Delivery, FeatureRecord, as_dict
@@ -154,6 +154,16 @@ def record_key(feature_id: str) -> str:
     return f"{FEATURES}/{feature_id}/record.json"
 
 
+def stored_feature(store: ObjectStore, feature_id: str) -> FeatureRecord | None:
+    """The record of a state that is there, whole."""
+    try:
+        return FeatureRecord(**json.loads(store.get(record_key(feature_id))))
+    except StorageError as error:
+        if error.code != "not_found":
+            raise
+        return None
+
+
 def stored_features(store: ObjectStore) -> Iterator[FeatureRecord]:
     """The states that are there, whole."""
     for info in store.list(f"{FEATURES}/"):
@@ -252,26 +262,36 @@ class ModelWorker:
         try:
             return self._animations(animations) if animations else self._features(features)
         except KpmaskError:
-            for slot in self._slots:  # the next bundle finds them idle
-                slot.call("abandon")
+            self._abandon()
             raise
+
+    def _abandon(self) -> None:
+        """Have the media workers drop what is open: the next bundle finds them idle."""
+        for slot in self._slots:
+            slot.call("abandon")
 
     # --- states
 
-    def _features(self, items: Sequence[FeatureItem]) -> list[FeatureRecord | ItemError]:
+    def _features(self, items: Sequence[FeatureItem]) -> list[FeatureRecord | KpmaskError]:
+        """Each state that is stored is told about, even if the store refuses the next one."""
+        if len(items) == 1 and (found := stored_feature(self._store, items[0].feature_id)):
+            return [found]  # by a worker that died before it could tell
         # Of all images at once, so that they are decoded ahead.
         images = {
             item.feature_id: (slot, slot.call("read_source", item.uri, item.sha256, item.delivery))
             for item, slot in zip(items, itertools.cycle(self._slots), strict=False)
             if item.kind == "source"
         }
-        made: list[FeatureRecord | ItemError] = []
+        made: list[FeatureRecord | KpmaskError] = []
         for item in items:
             try:
                 read = images.get(item.feature_id)
                 made.append(self._driving(item) if read is None else self._source(item, *read))
             except ItemError as error:
                 made.append(error)
+            except StorageError as error:
+                self._abandon()
+                return [*made, *[error] * (len(items) - len(made))]
         return made
 
     def _source(self, item: FeatureItem, slot: Slot, read: Call) -> FeatureRecord:
