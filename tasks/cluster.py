@@ -780,7 +780,7 @@ class _Pool(Generic[T, R]):
             self._fill()
 
     def _late(self, bundle: Sequence[_Task[T]]) -> None:
-        cause = f"not finished after {self._time_s(bundle):g} s"
+        cause = f"not finished after {self._time_s(bundle):g} s (cluster.item_timeout_s)"
         if not bundle:
             self._fail_start(cause)
         elif len(bundle) > 1:

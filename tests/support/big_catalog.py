@@ -8,7 +8,6 @@ Prints what it came to, and how much more memory it took at most than a catalog 
 from __future__ import annotations
 
 import json
-import resource
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from kpmask.records import AnimationItem, AnimationRecord
 from tasks.catalog import CatalogPlan, planned_catalog
 from tasks.catalog_book import CatalogBook
 from tasks.storage import ObjectInfo
+from tests.support.peak import peak_bytes
 
 NUM_SOURCES = 8
 NUM_DRIVINGS = 4
@@ -151,10 +151,6 @@ def go_through(plan: CatalogPlan) -> dict[str, object]:
         "codes": dict(Counter(failure.code for failure in book.failures())),
         "num_names": book._one("SELECT COUNT(DISTINCT lower(name)) FROM item"),
     }
-
-
-def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main(folder: Path, num_rows: int) -> None:

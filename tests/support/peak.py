@@ -68,7 +68,7 @@ def _run(job: AnimateJob) -> int:
         return animate_catalog(job).num_frames
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
     """By the process itself: what `getrusage` says begins with the size of who started it."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
@@ -80,7 +80,7 @@ def main(job: AnimateJob) -> None:
         num_frames = _run(job)
     except KpmaskError as error:
         code = error.code
-    peak = Peak(code, num_frames, _peak_bytes())
+    peak = Peak(code, num_frames, peak_bytes())
     sys.stdout.write("\n" + json.dumps(asdict(peak)))
 
 

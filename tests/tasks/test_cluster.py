@@ -257,7 +257,7 @@ def test_who_hangs_is_ended(tmp_path):
     outcomes = run(tmp_path, ["hang", *["square"] * 5], Cluster(item_timeout_s=3))
     (failure,) = failures(outcomes).values()
     assert (failure.item, failure.code) == ("hang-0", "timeout")
-    assert failure.cause == "not finished after 3 s"
+    assert failure.cause == "not finished after 3 s (cluster.item_timeout_s)"
     assert failure.attempts == 1
     assert sorted(o.result for o in outcomes if not o.failure) == [1, 4, 9, 16, 25]
     (pid,) = starts(tmp_path, 0)
@@ -418,7 +418,7 @@ def test_who_hangs_in_a_bundle_is_found(tmp_path):
     outcomes = bundled(tmp_path, bundles, cluster=cluster)
     (failure,) = failures(outcomes).values()
     assert (failure.item, failure.code) == ("hang-7", "timeout")
-    assert failure.cause == "not finished after 2 s"
+    assert failure.cause == "not finished after 2 s (cluster.item_timeout_s)"
     assert sorted(o.result for o in outcomes if not o.failure) == [0, 1, 4, 9, 16, 25, 36, 64]
     assert sorted(sent(tmp_path)) == [[0, 1, 2, 3, 4, 5], [6], [6, 7, 8], [7], [8]]
     assert eventually(lambda: not any(alive(pid) for pid in starts(tmp_path, 7)))
