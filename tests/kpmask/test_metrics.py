@@ -63,6 +63,16 @@ def test_l1_is_the_mean_over_pixels_and_channels() -> None:
     np.testing.assert_allclose(L1().per_frame(a, b, a[0]), expected, atol=1e-7)
 
 
+def test_l1_equals_scikit_image() -> None:
+    compare_images = pytest.importorskip("skimage.util").compare_images
+    a, b = random_frames(3, 24, 40, seed=4), random_frames(3, 24, 40, seed=5)
+    expected = [
+        compare_images(x.double().numpy(), y.double().numpy(), method="diff").mean()
+        for x, y in zip(a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1), strict=True)
+    ]
+    np.testing.assert_allclose(L1().per_frame(a, b, a[0]), expected, atol=1e-7)
+
+
 def test_moving_l1_counts_only_pixels_that_moved() -> None:
     source = torch.full((3, 8, 8), 0.5)
     reference = source.repeat(2, 1, 1, 1)
