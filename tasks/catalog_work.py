@@ -44,7 +44,9 @@ OnLost = Callable[[AnimationItem, Failure], None]
 
 @dataclass(slots=True, eq=False)
 class _Feature:
-    """A state that animations in the window need; `num_users` is how many of them."""
+    """A state that animations in the window need; `num_users` is how many of them. `is_sent`: it is
+    with a worker.
+    """
 
     item: FeatureItem
     is_sent: bool = False
@@ -204,8 +206,12 @@ class CatalogWork:
         self._window = [waiting for waiting in self._window if id(waiting) not in leaving]
         for feature in itertools.chain.from_iterable((w.source, w.driving) for w in gone):
             feature.num_users -= 1
-            if not feature.num_users:
-                del self._features[feature.item.feature_id]
+            self._forget(feature)
+
+    def _forget(self, feature: _Feature) -> None:
+        """Forget a state that nothing in the window needs, unless it is being made."""
+        if not feature.num_users and not feature.is_sent:
+            self._features.pop(feature.item.feature_id, None)
 
     def _drop_lost(self) -> None:
         lost = [waiting for waiting in self._window if waiting.failure is not None]
@@ -225,6 +231,8 @@ class CatalogWork:
         feature = self._features.get(item.feature_id)
         if feature is not None:
             feature.settle(found)
+            feature.is_sent = False
+            self._forget(feature)
 
     def animation_over(self, work: RenderItem, *, made: bool) -> None:
         """Note that an animation needs its states no more, and remove those that none needs."""

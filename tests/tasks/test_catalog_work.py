@@ -205,3 +205,32 @@ def test_states_that_are_there_are_not_made_again(book: CatalogBook, tmp_path: P
     second.run(lengths)
     assert len(second.features) == 3
     assert len(second.animations) == 6
+
+
+def test_a_state_that_is_being_made_is_not_asked_for_twice(
+    book: CatalogBook, tmp_path: Path
+) -> None:
+    """Its only animation so far is lost; another that needs it comes into the window."""
+    lengths = {"/a.mp4": 9}
+    num_images = WINDOW + 1
+    fill(book, [(f"/{n:04d}.png", "/a.mp4") for n in range(num_images)], lengths)
+    workers = Workers(book, LocalStore(tmp_path / "out"), count=2)
+    broken = frozenset(f"/{n:04d}.png" for n in range(num_images - 1))
+    bundles = workers.work.bundles()
+    first = next(bundles)
+    assert not isinstance(first, Pending)
+    (video,) = first
+    images = []
+    while not isinstance(bundle := next(bundles), Pending):
+        images.extend(bundle)
+    for image in images:
+        assert isinstance(image, FeatureItem)
+        workers._settle((image,), lengths, broken)
+    later = []
+    for bundle in bundles:
+        if isinstance(bundle, Pending):
+            assert isinstance(video, FeatureItem)
+            workers._settle((video,), lengths, broken)
+            break
+        later.extend(bundle)
+    assert "/a.mp4" not in [f.uri for f in later if isinstance(f, FeatureItem)]
