@@ -136,11 +136,14 @@ def score_lines(scores: ScoreTable) -> list[str]:
 def _mean_text(summary: ScoreSummary | None, average: Average) -> str:
     """A mean and its 95 % interval, as "0.0400 [0.0350, 0.0450]"."""
     from kpmask.report.evaluation import shown_mean
+    from kpmask.report.page import figure
 
     if summary is None:
         return "-"
     mean, low, high = shown_mean(summary, average)
-    return f"{mean:.4f}" if low is None else f"{mean:.4f} [{low:.4f}, {high:.4f}]"
+    if low is None or high is None:
+        return figure(mean)
+    return f"{figure(mean)} [{figure(low)}, {figure(high)}]"
 
 
 def _protocol_lines(scores: ScoreTable) -> list[str]:

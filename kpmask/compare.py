@@ -25,7 +25,7 @@ from kpmask.records import (
     MetricInfo,
     StepMetrics,
 )
-from kpmask.statistics import margin_interval, margin_percent
+from kpmask.statistics import margin_interval, margin_percent, sign_test
 from kpmask.train import plan_phases
 
 CROSS_METRICS: Final = tuple(
@@ -195,13 +195,14 @@ def _value(
     seeds = sorted({score.seed for score in scores})
     means = [np.mean([s.value for s in scores if s.seed == seed]) for seed in seeds]
     both = [clip for clip in own_by_clip if clip in base_by_clip]
-    margin = low = high = None
+    margin = low = high = p_value = None
     own_V = np.array([own_by_clip[clip] for clip in both])
     base_V = np.array([base_by_clip[clip] for clip in both])
     if base_V.any():
         sign = 1 if higher_is_better else -1
         margin = sign * margin_percent(own_V, base_V)
         low, high = sorted(sign * value for value in margin_interval(own_V, base_V))
+        p_value = sign_test(int((own_V > base_V).sum()), int((own_V < base_V).sum()))
     return ComparedValue(
         metric=metric,
         mean=float(values.mean()),
@@ -211,6 +212,7 @@ def _value(
         margin_percent=margin,
         margin_low=low,
         margin_high=high,
+        p_value=p_value,
     )
 
 

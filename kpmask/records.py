@@ -565,6 +565,8 @@ class ComparedValue:
         margin_percent: how much better than the baseline, in percent of the baseline's mean;
             None for the baseline and where it has none.
         margin_low, margin_high: the 95 % interval of the margin, bootstrapped over videos.
+        p_value: of the two-sided sign test against the baseline over the videos of both; None
+            where there is no margin.
     """
 
     metric: str
@@ -575,6 +577,7 @@ class ComparedValue:
     margin_percent: float | None = None
     margin_low: float | None = None
     margin_high: float | None = None
+    p_value: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,16 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from flows.cli import app
+from flows.jobs import score_lines
 from kpmask import bundled, config
-from kpmask.records import DatasetChanges, DatasetManifest
+from kpmask.records import (
+    DatasetChanges,
+    DatasetManifest,
+    Method,
+    MetricInfo,
+    ScoreSummary,
+    ScoreTable,
+)
 
 KPMASK = str(Path(sys.executable).with_name("kpmask"))
 
@@ -327,3 +335,40 @@ def test_what_a_run_changed_is_printed(videos: str, monkeypatch: pytest.MonkeyPa
     found = json.loads(run(*base, "--json").stdout)
     assert (found["num_train"], found["changes"]["version"]) == (3, 2)
     assert found["changes"]["videos_added"] == 2
+
+
+def test_the_table_of_scores_says_what_its_numbers_are_over() -> None:
+    def summary(metric: str, method: Method, mean: float, low: float | None) -> ScoreSummary:
+        high = None if low is None else low + 0.01
+        ends = {"pooled_low": low, "pooled_high": high}
+        return ScoreSummary(metric, method, 0.7, 0.0, mean, 3, 30, **ends)
+
+    table = ScoreTable(
+        uri="o",
+        settings_digest="s",
+        dataset_id="",
+        weights_sha256="",
+        perceptual="",
+        num_videos=3,
+        num_failures=1,
+        metrics=(
+            MetricInfo("l1", "1", None, "", higher_is_better=False, quantise="round"),
+            MetricInfo("psnr", "1", None, "", higher_is_better=True, quantise="round"),
+            MetricInfo("l1_with_first", "1", None, "", False, counts_first=True, quantise="round"),
+        ),
+        summaries=(
+            summary("l1", "model", 0.04, 0.035),
+            summary("l1", "codec", 0.0001, None),
+            summary("psnr", "model", 25.5907, 20.5),
+        ),
+        average="frames",
+    )
+    text = "\n".join(score_lines(table))
+    lines = [line.split() for line in text.splitlines()]
+    assert lines[0] == ["model", "codec"]
+    assert ["l1", "(down)", "0.0400", "[0.0350,", "0.0450]", "1.00e-04"] in lines
+    assert ["psnr", "(up)", "25.59", "[20.50,", "20.51]", "-"] in lines
+    over = "drawn frames rounded to 8 bits, mean over all frames together"
+    assert f"l1, psnr: frame 0 left out, {over}".split() in lines
+    assert f"l1_with_first: frame 0 counted, {over}".split() in lines
+    assert "3 videos; 1 failures" in text

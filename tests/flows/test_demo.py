@@ -118,7 +118,12 @@ def test_the_whole_of_it_in_small(bundle: Path, tmp_path: Path, ray_cluster: Non
     assert records and all(record.width_px == 32 for record in records)
     html = page.read_text()
     names = re.findall(r'<th scope="row" class="name">(.*?)</th>', html)
-    assert names == ["the bundled weights", "your own training, 16 steps", "copy of the source"]
+    assert names == [
+        "the bundled weights",
+        "your own training, 16 steps",
+        "copy of the source",
+        "the codec alone",
+    ]
     assert "--checkpoint demo" in html
     links = re.findall(r'<a href="([a-z-]+/index.html)">', html)
     assert len(links) == 5

@@ -303,6 +303,16 @@ def test_means_are_over_videos_of_their_means_over_seeds() -> None:
     assert list(rows) == ["copy", "fomm", "x"]
 
 
+def test_margins_have_the_sign_test_beside_them() -> None:
+    better, worse = dict.fromkeys("abcdefg", 0.1), dict.fromkeys("hi", 0.4)
+    scores = [score("fomm", clip, 0.2) for clip in "abcdefghijk"]
+    scores += [score("x", clip, value) for clip, value in (better | worse | {"j": 0.2}).items()]
+    rows = rows_of(scores)  # j is a tie, and k has no value of x's
+    tail = (1 + 9 + 36) / 2**9  # two or fewer of nine
+    assert rows["x"].values[0].p_value == pytest.approx(2 * tail)
+    assert rows["fomm"].values[0].p_value is None
+
+
 def test_no_margin_without_a_baseline_or_over_nothing() -> None:
     assert rows_of([score("x", "a", 0.1)])["x"].values[0].margin_percent is None
     rows = rows_of([score("fomm", "a", 0.0), score("x", "a", 0.1)])

@@ -27,6 +27,7 @@ from kpmask.records import (
     DatasetManifest,
     Failure,
     MetricInfo,
+    PairedScore,
     RunManifest,
     ScoreSummary,
     ScoreTable,
@@ -397,6 +398,55 @@ def test_the_better_method_is_marked() -> None:
     html = evaluation_page(title="x", table=copy_wins, scores=scores, failures=[])
     best = [part.split("<span")[0].strip() for part in html.split('<td class="n best">')[1:]]
     assert best == ["0.0010", "0.9900"]
+
+
+def with_codec(table: ScoreTable) -> ScoreTable:
+    """The table with a codec's row, better than all others, and intervals."""
+    rows = [
+        ScoreSummary(info.name, "codec", 0.999 if info.higher_is_better else 0.001, 0, 0.5, 5, 45)
+        for info in table.metrics
+    ]
+    summaries = tuple(
+        dataclasses.replace(s, pooled=s.mean / 2, mean_low=0.0311, mean_high=0.0977)
+        for s in table.summaries
+    )
+    return dataclasses.replace(table, summaries=(*summaries, *rows))
+
+
+def test_the_codec_is_shown_and_never_the_best() -> None:
+    table, scores = score_table()
+    html = evaluation_page(title="x", table=with_codec(table), scores=scores, failures=[])
+    assert '<th scope="row" class="name">the codec alone</th>' in html
+    best = re.findall(r'<td class="n best">([\d.]+)', html)
+    assert best == re.findall(
+        r'<td class="n best">([\d.]+)',
+        evaluation_page(title="x", table=table, scores=scores, failures=[]),
+    )
+    assert "0.0010" not in best and "0.9990" not in best
+
+
+def test_numbers_have_their_protocol_and_interval_beside_them() -> None:
+    table, scores = score_table()
+    html = evaluation_page(title="x", table=with_codec(table), scores=scores, failures=[])
+    line = "Frame 0 left out, frames as they are drawn, mean of the videos' means."
+    assert html.replace("&#39;", "'").count(line) == 2
+    assert "0.0311 to 0.0977" in html
+    infos = [
+        dataclasses.replace(info, counts_first=True, quantise="truncate") for info in table.metrics
+    ]
+    pooled = dataclasses.replace(
+        with_codec(table),
+        metrics=tuple(infos),
+        average="frames",
+        paired=(PairedScore("l1", "copy", -0.0123, -0.02, -0.01, 5, 4, 1, 0.375),),
+    )
+    html = evaluation_page(title="x", table=pooled, scores=scores, failures=[])
+    line = "Frame 0 counted, drawn frames cut off to 8 bits, mean over all frames together."
+    assert html.count(line) == 2
+    assert f'<td class="n best">{pooled.summaries[0].pooled:.4f}' in html
+    assert "0.0311" not in html  # is the other mean's
+    assert "better than the copy in 4 and worse in 1 of 5 videos (sign test: p = 0.3750)" in html
+    assert "-0.0123 (95 % interval -0.0200 to -0.0100)" in html
 
 
 def test_dots_stand_where_their_values_are() -> None:
