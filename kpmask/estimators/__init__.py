@@ -1,0 +1,130 @@
+"""Estimators: what finds faces and bodies in frames, for the metrics that compare them.
+
+| name | gives | weights |
+|---|---|---|
+| `facemesh` | 468 points of a face | `kpmask weights fetch facemesh`; YuNet finds the face |
+| `sface` | 128 numbers that tell faces apart | with `kpmask[faces]`; YuNet finds the face |
+| `movenet` | 17 points of a body, as COCO orders them | `kpmask weights fetch movenet` |
+
+- An estimator looks at each frame by itself: equal frames get equal values, however a video is
+  cut into chunks. Of several people in a frame it takes one, by a rule that it states.
+- Where nothing is found there is NaN. A frame on which an estimator breaks is one in which nothing
+  was found, and the log says so.
+- None of these is what the papers used. Numbers of two estimators do not compare, nor do those of
+  one estimator with other weights: `name`, `version` and `weights_sha256` must agree.
+- Each runs on one CPU thread if torch is set to one; OpenCV is kept to one here.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Final, Literal, Protocol, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+Subject = Literal["face", "person"]
+PointsName = Literal["facemesh", "movenet"]
+EmbeddingName = Literal["sface"]
+Frames = NDArray[np.uint8]  # THWC RGB
+
+ESTIMATORS: Final[tuple[str, ...]] = (*get_args(PointsName), *get_args(EmbeddingName))
+
+
+@dataclass(frozen=True, slots=True)
+class Keypoints:
+    """Points of the subject of each frame.
+
+    Attributes:
+        points_TK2: x and y (float64), in pixels from the centre of the frame's first pixel; NaN
+            for a point that was not found. They may lie outside of the frame.
+        scores_TK: how sure, in [0, 1]; 0 where there was no subject at all.
+    """
+
+    points_TK2: NDArray[np.float64]
+    scores_TK: NDArray[np.float64]
+
+    def __post_init__(self) -> None:
+        if self.points_TK2.shape != (*self.scores_TK.shape, 2):
+            raise ValueError(
+                f"points of shape {self.points_TK2.shape}, scores of {self.scores_TK.shape}"
+            )
+
+
+class Estimator(Protocol):
+    """What every estimator says of itself.
+
+    Attributes:
+        name, version, weights_sha256: which estimator this is; the digest covers every file that
+            its answers depend on.
+        licence: SPDX identifiers of the weights.
+        subject: what it looks for.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def version(self) -> str: ...
+    @property
+    def weights_sha256(self) -> str: ...
+    @property
+    def licence(self) -> str: ...
+    @property
+    def subject(self) -> Subject: ...
+
+
+class PointEstimator(Estimator, Protocol):
+    """Finds the points of a subject.
+
+    Attributes:
+        num_points: how many; K of what it returns.
+    """
+
+    @property
+    def num_points(self) -> int: ...
+
+    def estimate(self, frames_THWC: Frames) -> Keypoints:
+        """The points in each of the frames, uint8 RGB of any size."""
+        ...
+
+
+class EmbeddingEstimator(Estimator, Protocol):
+    """Says who or what is in a frame.
+
+    Attributes:
+        size: how many numbers; D of what it returns.
+    """
+
+    @property
+    def size(self) -> int: ...
+
+    def estimate(self, frames_THWC: Frames) -> NDArray[np.float64]:
+        """A vector of length 1 for each of the frames (TD), uint8 RGB; NaN where nothing is."""
+        ...
+
+
+@functools.lru_cache(maxsize=len(ESTIMATORS))
+def point_estimator(name: PointsName) -> PointEstimator:
+    """The estimator of this name, made once for a process.
+
+    Raises:
+        ConfigError: its weights are not here; the hint is the command that gets them.
+        CheckpointError: they are other weights.
+    """
+    if name == "facemesh":
+        from kpmask.estimators.facemesh import FaceMesh
+
+        return FaceMesh.load()
+    from kpmask.estimators.movenet import MoveNet
+
+    return MoveNet.load()
+
+
+@functools.lru_cache(maxsize=len(ESTIMATORS))
+def embedding_estimator(name: EmbeddingName) -> EmbeddingEstimator:
+    """As `point_estimator`."""
+    from kpmask.estimators.sface import SFace
+
+    assert name == "sface", name
+    return SFace.load()
