@@ -18,7 +18,7 @@ from kpmask.estimators import EmbeddingEstimator, Frames, Keypoints, PointEstima
 
 log = logging.getLogger(__name__)
 
-REMEMBERED: Final = 1024  # frames; of a face mesh 24 kB each
+REMEMBERED: Final = 1024  # frames; of a face mesh 11 kB each
 _NEVER_WORKED: Final = 16  # frames on which an estimator broke before it worked on any
 
 # What OpenCV, torch and numpy raise at a picture that they cannot work on.

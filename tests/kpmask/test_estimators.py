@@ -63,6 +63,7 @@ def test_the_face_networks_numbers_are_litert_s() -> None:
     assert float(logit.item()) == pytest.approx(LITERT_SCORE, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_body_networks_numbers_are_those_of_tensorflow_js() -> None:
     need_weights("movenet")
     picture = torch.from_numpy((255 * waves(256)).round()).int()[None]
@@ -284,6 +285,7 @@ def test_frames_without_a_face_have_none_at_any_size(shape: tuple[int, int, int]
 # --- real bodies -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bodies_of_64_px_are_found_and_their_shift_is_measured(dev_data: Path) -> None:
     need_weights("movenet")
     strip = cv2.imread(str(dev_data / "actions" / "train" / "00000000.png"))[..., ::-1]
@@ -303,6 +305,7 @@ def test_bodies_of_64_px_are_found_and_their_shift_is_measured(dev_data: Path) -
     assert np.nanmedian(np.abs(apart)) < 3
 
 
+@pytest.mark.slow
 def test_metrics_of_bodies_say_which_points_were_lost(dev_data: Path) -> None:
     need_weights("movenet")
     strip = cv2.imread(str(dev_data / "actions" / "train" / "00000000.png"))[..., ::-1]

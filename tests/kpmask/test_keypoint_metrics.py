@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from kpmask.errors import ConfigError
 from kpmask.estimators import Keypoints, Subject
 from kpmask.estimators.frames import EachFrame
+from kpmask.evaluate import score_video
+from kpmask.metrics import Metric
 from kpmask.metrics import keypoints as kp
 from kpmask.metrics.keypoints import KEYPOINT_METRICS, KeypointMetric, keypoint_metric
 
@@ -219,6 +221,28 @@ def test_one_frame_and_pieces_with_the_frames_before() -> None:
         piece = metric.per_frame(made[5 - before :], true[5 - before :], true[0])
         np.testing.assert_array_equal(piece[before:], whole[5:])
         assert metric.per_frame(made[:1], true[:1], true[0]).shape == (1,)
+
+
+def test_scores_of_a_video_are_those_of_its_chunks() -> None:
+    """Through the evaluation's own protocol, which leaves frame 0 out."""
+    rng = np.random.default_rng(11)
+    places = [(int(x), int(y)) for x, y in rng.integers(2, 20, (11, 2))]
+    true = dots(*places)
+    made = dots(*[(x + 1, y) if t % 4 else None for t, (x, y) in enumerate(places)])
+    metrics: list[Metric] = [KeypointMetric(kind, Bright()) for kind in get_args(kp.Kind)]
+    whole = score_video([(made, true)], metrics, clip_id="a", name="a")
+    chunks = [(made[i:j], true[i:j]) for i, j in ((0, 1), (1, 5), (5, 7), (7, 11))]
+    in_chunks = score_video(chunks, metrics, clip_id="a", name="a")
+    assert (in_chunks.metrics, in_chunks.methods) == (whole.metrics, whole.methods)
+    assert in_chunks.num_frames == whole.num_frames
+    np.testing.assert_allclose(in_chunks.values, whole.values, rtol=1e-12)
+    rows = list(zip(whole.metrics, whole.methods, strict=True))
+    scores = dict(zip(rows, whole.values, strict=True))
+    counts = dict(zip(rows, whole.num_frames, strict=True))
+    assert scores["mkr_bright", "model"] == pytest.approx(2 / 10)
+    assert scores["coverage_bright", "model"] == pytest.approx(8 / 10)
+    assert counts["akd_bright", "model"] == 10
+    assert counts["jitter_bright", "model"] == 9
 
 
 def test_equal_frames_are_looked_at_once() -> None:
