@@ -7,7 +7,10 @@ compare with.
 **A point that the truth has and the generated frame has not** counts as if it lay where the frame
 is farthest from where it should be: no point in the frame could score worse. So no model gains by
 faces that no detector recognises. The papers' code leaves such points out; metrics whose names end
-in `_found` do the same, and mean little without their coverage.
+in `_found` do the same, and mean little without their coverage. Of a body single joints come and
+go as their scores cross a threshold, and each that goes weighs much more than a small error: read
+`akd_movenet_found` with `mkr_movenet` beside it, as the papers have them, and `akd_movenet` for what
+both come to.
 
 | name | of a frame | range, best |
 |---|---|---|
@@ -41,12 +44,14 @@ KeypointMetricName = Literal[
     "akd_facemesh_found",
     "akd_euclidean_facemesh",
     "jitter_facemesh",
+    "jitter_facemesh_found",
     "mkr_facemesh",
     "coverage_facemesh",
     "akd_movenet",
     "akd_movenet_found",
     "akd_euclidean_movenet",
     "jitter_movenet",
+    "jitter_movenet_found",
     "mkr_movenet",
     "coverage_movenet",
 ]
