@@ -9,8 +9,8 @@ is farthest from where it should be: no point in the frame could score worse. So
 faces that no detector recognises. The papers' code leaves such points out; metrics whose names end
 in `_found` do the same, and mean little without their coverage. Of a body single joints come and
 go as their scores cross a threshold, and each that goes weighs much more than a small error: read
-`akd_movenet_found` with `mkr_movenet` beside it, as the papers have them, and `akd_movenet` for what
-both come to.
+`akd_movenet_found` with `mkr_movenet` beside it, as the papers have them, and `akd_movenet` for
+what both come to.
 
 | name | of a frame | range, best |
 |---|---|---|
