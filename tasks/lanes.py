@@ -39,9 +39,10 @@ class Call:
 
 
 class Slot:
-    """A media worker, which answers in order; a dead one is replaced."""
+    """A media worker, which answers in order; a dead one is replaced. `num_deaths` counts them."""
 
     def __init__(self, start: Callable[[], Media]) -> None:
+        self.num_deaths = 0
         self._start = start
         self._media = start()
         self._underway: deque[Call] = deque()
@@ -87,6 +88,7 @@ class Slot:
 
     def _replace(self, error: KpmaskError) -> None:
         """A new one takes a dead one's place; what that had been asked is not done."""
+        self.num_deaths += 1
         self._media.kill()
         while self._underway:
             call = self._underway.popleft()

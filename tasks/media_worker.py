@@ -13,7 +13,7 @@ import itertools
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -211,6 +211,12 @@ class MediaWorker:
 
     def flush(self) -> None:
         """Store what is still to be noted of finished results."""
+        self._parts.flush()
+
+    def note(self, records: Iterable[AnimationRecord]) -> None:
+        """Note finished results of a media worker that died before it had noted all of its own."""
+        for record in records:
+            self._parts.add(record)
         self._parts.flush()
 
 

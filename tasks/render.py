@@ -326,10 +326,18 @@ class ModelWorker:
 
     def _animations(self, works: Sequence[RenderItem]) -> list[AnimationRecord | ItemError]:
         renderer = Renderer(self._animator, self._slots, batch_size=self._batch_size)
+        num_deaths = self._num_media_deaths()
         made = renderer.run(map(self._drawing, works))
         for slot, flushed in [(slot, slot.call("flush")) for slot in self._slots]:
             slot.result(flushed)
+        if self._num_media_deaths() > num_deaths:
+            # Nobody knows what it had noted; what is noted twice does no harm.
+            records = [found for found in made if isinstance(found, AnimationRecord)]
+            self._slots[0].result(self._slots[0].call("note", records))
         return made
+
+    def _num_media_deaths(self) -> int:
+        return sum(slot.num_deaths for slot in self._slots)
 
     def _drawing(self, work: RenderItem) -> Drawing:
         item = work.item

@@ -23,7 +23,7 @@ import torch
 
 from kpmask import Animator, checkpoint
 from kpmask.config import AnimateJob, Cluster, MediaLimits, MediaWorkers
-from kpmask.errors import StorageError
+from kpmask.errors import StorageError, WorkerError
 from kpmask.media import decode, images
 from kpmask.media.encode import encode
 from kpmask.model_config import Hourglass, KeypointDetector, KeypointMaskModel, LowResolution
@@ -31,11 +31,13 @@ from kpmask.models import build_system
 from kpmask.records import AnimationRecord, Failure, FeatureRecord, from_table
 from tasks.animate import animate_catalog
 from tasks.catalog import plan_catalog
+from tasks.media_worker import LocalMedia
 from tasks.parts import read_parts
 from tasks.render import (
     JOURNAL,
     FeatureItem,
     ModelWorker,
+    RenderItem,
     WorkerSettings,
     features_of,
     part_key,
@@ -51,7 +53,7 @@ SIDE_PX = 32
 NUM_IMAGES = 4
 NUM_VIDEOS = 3
 PAUSE_S = 0.3  # before each animation, so that the harm comes in time
-AWAY_S = 30.0
+AWAY_S = 60.0  # longer than a lease is respected that nobody renews
 NUM_KILLED = 2  # at most, of bundles that cost poison no attempt
 LIMITS = MediaLimits(min_side_px=16)
 MODEL = KeypointMaskModel(
@@ -236,7 +238,7 @@ def test_chaos(
 ) -> None:
     """Twelve images by eight videos into a bucket, on three nodes, and a tenth of it is no good.
 
-    A worker is killed, then a node, then the store is away for half a minute, then the driver is
+    A worker is killed, then a node, then the store is away for a minute, then the driver is
     killed. What the next run ends with is what a run ends with to which nothing of this happens.
     """
     catalog, poison, failed = real_catalog(dev_data, tmp_path)
@@ -368,6 +370,46 @@ def test_states_that_were_stored_are_kept_when_the_store_goes_away(
     monkeypatch.setattr(LocalStore, "put", put)
     monkeypatch.setattr(Animator, "encode_source", lambda *_: pytest.fail("computed again"))
     assert list(ModelWorker(WorkerSettings.of(job)).process(items[:1])) == records[:1]
+
+
+def test_results_of_a_media_worker_that_died_are_noted_all_the_same(
+    media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had them pending: without a note the next run would make them again."""
+    job = job_of(
+        media,
+        tmp_path / "out",
+        drivings=f"{media}/walk0.mp4",
+        media_workers=MediaWorkers(per_worker=0),
+    )
+    planned = plan_catalog(job)
+    worker = ModelWorker(WorkerSettings.of(job))
+    pairs = [features_of(item, planned.settings_digest) for item in planned.items]
+    (driving,) = worker.process([pairs[0][1]])
+    sources = worker.process([source for source, _ in pairs])
+    result = LocalMedia.result
+    num_seen = itertools.count()
+
+    def die(self: LocalMedia, ref: Any) -> Any:
+        value = result(self, ref)
+        if isinstance(value, AnimationRecord) and next(num_seen) == 2:
+            raise WorkerError("gone", retryable=True)
+        return value
+
+    monkeypatch.setattr(LocalMedia, "result", die)
+    works = [
+        RenderItem(item, source, driving)
+        for item, source in zip(planned.items, sources, strict=True)
+        if isinstance(source, FeatureRecord) and isinstance(driving, FeatureRecord)
+    ]
+    assert len(works) == NUM_IMAGES
+    made = worker.process(works)
+    lost = [found for found in made if isinstance(found, WorkerError)]
+    assert [error.code for error in lost] == ["worker_died"]
+    records = {found.item_id for found in made if isinstance(found, AnimationRecord)}
+    noted = read_parts(open_store(job.out), JOURNAL, AnimationRecord)
+    assert {record.item_id for record in noted} == records
+    assert len(records) == NUM_IMAGES - 1
 
 
 def read_record(out: str, item: FeatureItem) -> FeatureRecord:
