@@ -294,6 +294,19 @@ def test_pieces_that_overlap_have_the_values_of_the_whole(name: MetricName) -> N
         np.testing.assert_allclose(values[before:], whole[start : start + 2], rtol=1e-9)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", get_args(MetricName))
+def test_values_are_the_same_where_the_frames_are_drawn(name: MetricName) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    (metric,) = build_metrics([name])
+    true = panned(scene(9), [(2 * t, t) for t in range(5)], 64)
+    drawn = (true + 0.05 * random_frames(5, 64, 64, seed=20)).clamp(0, 1)
+    expected = metric.per_frame(drawn, true, true[0])
+    values = metric.per_frame(drawn.cuda(), true.cuda(), true[0].cuda())
+    np.testing.assert_allclose(values, expected, rtol=1e-4)
+
+
 def test_metrics_are_built_once_each_and_say_what_they_are() -> None:
     metrics = build_metrics(("ssim", "l1", "l1_moving", "l1_with_first", "ssim"))
     assert [m.name for m in metrics] == ["ssim", "l1", "l1_moving", "l1_with_first"]

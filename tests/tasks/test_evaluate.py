@@ -321,6 +321,21 @@ def test_folders_are_matched_by_name(ray_cluster: None, folders: Path, tmp_path:
     assert (table.num_videos, table.weights_sha256, table.dataset_id) == (2, "", "")
 
 
+def test_frames_are_matched_by_number_whatever_the_rate(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{name}.mp4" for name in ("slow", "fast", "true")]
+    for path, fps, seed in zip(paths, (10, 50, 25), (1, 1, 0), strict=True):
+        encode(path, some_frames(7, seed=seed), fps=fps, crf=0)
+    settings = ScoreSettings.of(job_of(tmp_path, generated="a", reference="b"))
+    slow, fast = (
+        PairWorker(settings).process(
+            ScoreItem(VideoPair("id", "n", str(path), str(paths[2])), preview=False)
+        )
+        for path in paths[:2]
+    )
+    assert slow == fast
+    assert set(slow.num_frames) == {6, 7}
+
+
 def test_too_few_scores_fail_the_run(folders: Path, tmp_path: Path) -> None:
     lonely = tmp_path / "lonely"
     lonely.mkdir()
