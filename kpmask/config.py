@@ -582,7 +582,7 @@ class AnimateJob(Part):
 
 # --- evaluate --------------------------------------------------------------------------------
 
-MetricName = Literal[
+PictureMetricName = Literal[
     "l1",
     "l1_with_first",
     "l1_moving",
@@ -592,6 +592,35 @@ MetricName = Literal[
     "flicker",
     "warping_error",
 ]
+# Made with estimators of faces and bodies, each of which needs its weights here: `kpmask weights`.
+KeypointMetricName = Literal[
+    "akd_facemesh",
+    "akd_facemesh_found",
+    "akd_euclidean_facemesh",
+    "jitter_facemesh",
+    "jitter_facemesh_found",
+    "mkr_facemesh",
+    "coverage_facemesh",
+    "akd_movenet",
+    "akd_movenet_found",
+    "akd_euclidean_movenet",
+    "jitter_movenet",
+    "jitter_movenet_found",
+    "mkr_movenet",
+    "coverage_movenet",
+]
+IdentityMetricName = Literal[
+    "aed_sq_sface",
+    "aed_sq_sface_found",
+    "aed_l2_sface",
+    "csim_truth_sface",
+    "csim_truth_sface_found",
+    "csim_source_sface",
+    "csim_source_sface_found",
+    "coverage_sface",
+    "coverage_source_sface",
+]
+MetricName = Literal[PictureMetricName, KeypointMetricName, IdentityMetricName]
 
 
 class ScoreProtocol(Part):

@@ -11,7 +11,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -100,20 +101,29 @@ class SetMetric(Described, Protocol):
 
 
 def build_metrics(names: Sequence[MetricName]) -> list[Metric]:
-    """The metrics of these names, in their order, each once."""
+    """The metrics of these names, in their order, each once.
+
+    Raises:
+        ConfigError: an estimator's weights are not here; the hint is the command that gets them.
+        CheckpointError: they are other weights.
+    """
+    from kpmask.metrics.identity import IDENTITY_METRICS, identity_metric
+    from kpmask.metrics.keypoints import KEYPOINT_METRICS, keypoint_metric
     from kpmask.metrics.pixel import L1, MovingL1, Psnr
     from kpmask.metrics.ssim import Ssim
     from kpmask.metrics.temporal import Flicker, TemporalError
     from kpmask.metrics.warping import WarpingError
 
-    known: dict[MetricName, Metric] = {
-        "l1": L1(),
-        "l1_with_first": L1(counts_first=True),
-        "l1_moving": MovingL1(),
-        "psnr": Psnr(),
-        "ssim": Ssim(),
-        "temporal_error": TemporalError(),
-        "flicker": Flicker(),
-        "warping_error": WarpingError(),
+    makers: dict[str, Callable[[], Metric]] = {
+        "l1": L1,
+        "l1_with_first": partial(L1, counts_first=True),
+        "l1_moving": MovingL1,
+        "psnr": Psnr,
+        "ssim": Ssim,
+        "temporal_error": TemporalError,
+        "flicker": Flicker,
+        "warping_error": WarpingError,
+        **{name: partial(keypoint_metric, name) for name in KEYPOINT_METRICS},
+        **{name: partial(identity_metric, name) for name in IDENTITY_METRICS},
     }
-    return [known[name] for name in dict.fromkeys(names)]
+    return [makers[name]() for name in dict.fromkeys(names)]

@@ -34,23 +34,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kpmask.config import IdentityMetricName
 from kpmask.estimators import EmbeddingEstimator, EmbeddingName, embedding_estimator
 from kpmask.estimators.frames import embeddings_of
 
 Vectors = NDArray[np.float64]  # TD, of length 1; NaN where nothing was found
 PerFrame = NDArray[np.float64]  # T
 
-IdentityMetricName = Literal[
-    "aed_sq_sface",
-    "aed_sq_sface_found",
-    "aed_l2_sface",
-    "csim_truth_sface",
-    "csim_truth_sface_found",
-    "csim_source_sface",
-    "csim_source_sface_found",
-    "coverage_sface",
-    "coverage_source_sface",
-]
 IDENTITY_METRICS: Final[tuple[IdentityMetricName, ...]] = get_args(IdentityMetricName)
 
 

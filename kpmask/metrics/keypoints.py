@@ -33,28 +33,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kpmask.config import KeypointMetricName
 from kpmask.estimators import PointEstimator, PointsName, point_estimator
 from kpmask.estimators.frames import keypoints_of
 
 Points = NDArray[np.float64]  # TK2, x and y in px; NaN where not found
 PerFrame = NDArray[np.float64]  # T
 
-KeypointMetricName = Literal[
-    "akd_facemesh",
-    "akd_facemesh_found",
-    "akd_euclidean_facemesh",
-    "jitter_facemesh",
-    "jitter_facemesh_found",
-    "mkr_facemesh",
-    "coverage_facemesh",
-    "akd_movenet",
-    "akd_movenet_found",
-    "akd_euclidean_movenet",
-    "jitter_movenet",
-    "jitter_movenet_found",
-    "mkr_movenet",
-    "coverage_movenet",
-]
 KEYPOINT_METRICS: Final[tuple[KeypointMetricName, ...]] = get_args(KeypointMetricName)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from kpmask import Animator, checkpoint
-from kpmask.config import Cluster, EvaluateJob, MediaLimits, MetricName, ScoreProtocol
+from kpmask.config import Cluster, EvaluateJob, MediaLimits, PictureMetricName, ScoreProtocol
 from kpmask.data.dataset import Dataset
 from kpmask.data.shards import ShardWriter
 from kpmask.errors import (
@@ -184,7 +184,7 @@ def test_scores_are_those_of_a_slow_loop(scored: Any, inputs: Path) -> None:
 
 def test_every_metric_stands_beside_the_copy_and_the_codec(scored: Any) -> None:
     _, table, _ = scored
-    names = list(get_args(MetricName))
+    names = list(get_args(PictureMetricName))
     assert {(s.metric, s.method) for s in table.summaries} == {
         (name, method) for name in names for method in ("model", "copy", "codec")
     }
