@@ -346,7 +346,8 @@ def evaluate(
     ] = None,
     reference: Annotated[str | None, typer.Option(help="The videos that they should be.")] = None,
     metrics: Annotated[
-        str | None, typer.Option(help=f"Comma-separated: {','.join(get_args(config.MetricName))}.")
+        str | None,
+        typer.Option(help=f"Comma-separated, of {', '.join(get_args(config.MetricName))}."),
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     preset: Preset = None,
