@@ -39,14 +39,17 @@ class Processes:
         alive: dict[int, Process] = {}
         for pid in _below(self._root, {pid: int(stat[1]) for pid, stat in stats.items()}):
             with contextlib.suppress(OSError):  # it ended meanwhile
-                alive[pid] = self._process(pid, stats[pid])
-                self._seen[pid, stats[pid][19]] = alive[pid]
+                start = stats[pid][19]
+                known = self._seen.get((pid, start))
+                alive[pid] = self._seen[pid, start] = self._process(pid, stats[pid], known)
         self.alive = alive
 
-    def _process(self, pid: int, stat: Sequence[str]) -> Process:
+    def _process(self, pid: int, stat: Sequence[str], known: Process | None) -> Process:
         shown = title(pid)
         cpu_s = (int(stat[11]) + int(stat[12])) / CLOCK_TICKS
         role = _role(pid, shown, is_root=pid == self._root)
+        if not shown and known is not None:  # it is ending, and shows no more what it was
+            role = known.role
         return Process(role, shown, cpu_s, int(stat[21]) * PAGE_BYTES)
 
     def cpu_s(self) -> Counter[str]:
