@@ -17,7 +17,7 @@ WEIGHTS_SEED ?= 1
 WEIGHTS_BEST ?= kpmask-plus
 WEIGHTS_TRAIN ?=
 
-.PHONY: demo test check format lock clean help weights
+.PHONY: demo test test-long check format lock clean help weights
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
@@ -32,8 +32,11 @@ $(STAMP): requirements.lock pyproject.toml
 demo: $(STAMP) ## generate videos, preprocess, train, animate, evaluate; prints where the page is
 	$(BIN)/kpmask demo --out $(OUT)
 
-test: $(STAMP) ## every test, two files at a time
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+test: $(STAMP) ## the tests, two files at a time
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not long"
+
+test-long: $(STAMP) ## those that take minutes each: chaos, a million rows, two hours of video
+	$(BIN)/python -m pytest -m long
 
 check: $(STAMP) ## format, lint, strict types
 	$(BIN)/ruff format --check .

@@ -43,6 +43,16 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 DEV_DATA = Path(__file__).parents[2] / "shared" / "data" / "dev"
 
 
+# Files that take minutes: begun first, so that the last worker is not left alone with one.
+LONGEST = ("test_readme.py", "test_train.py", "test_schedule.py", "test_chaos.py", "test_demo.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have the longest files first; of a file the order stays."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))
+
+
 @pytest.fixture
 def dev_data() -> Path:
     """The internal folder of real media beside the checkout."""

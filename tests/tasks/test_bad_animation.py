@@ -317,7 +317,7 @@ def film(count: int, *, seed: int = 0) -> np.ndarray:
     return noise.repeat(8, axis=1).repeat(8, axis=2)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("as_catalog", [False, True])
 def test_two_hours_take_the_memory_of_ten_seconds(

@@ -18,7 +18,7 @@ from kpmask.config import AnimateJob, Cluster, Credentials, MediaLimits
 from kpmask.errors import StorageError
 from kpmask.media import images
 from kpmask.media.encode import encode
-from tasks import catalog, hashes
+from tasks import catalog, hashes, inputs
 from tasks.catalog import CatalogPlan, feature_id, feature_ids, planned_catalog
 from tasks.globs import matching
 from tasks.storage import open_store
@@ -54,13 +54,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def read(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often the content of each file or folder was read, by name."""
     counted: Counter[str] = Counter()
-    original = catalog.content_digest
+    original = inputs.content_digest
 
     def counting(path: Path) -> str:
         counted[path.name] += 1
         return original(path)
 
-    monkeypatch.setattr(catalog, "content_digest", counting)
+    for module in (catalog, inputs):
+        monkeypatch.setattr(module, "content_digest", counting)
     return counted
 
 

@@ -495,7 +495,7 @@ def test_twenty_thousand_rows(tmp_path: Path) -> None:
     check_big_catalog(tmp_path, 20_000)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_a_million_rows(tmp_path: Path) -> None:
     check_big_catalog(tmp_path, 1_000_000)

@@ -231,7 +231,7 @@ def test_two_runs_at_once(media: Path, tmp_path: Path, inline: None) -> None:
     assert keys_of(job.out) == keys_of(whole)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1500)
 def test_chaos(
     dev_data: Path, s3: str, s3_server: Weed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -539,7 +539,7 @@ def place(
             server.stop()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("place", [FullDisk, MovedFolder, RevokedKey], indirect=True)
 def test_a_store_that_takes_nothing_more_ends_the_run_and_the_next_one_goes_on(
     place: Place, media: Path, tmp_path: Path, inline: None

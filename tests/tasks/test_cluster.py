@@ -571,7 +571,7 @@ class Waiting(Bundled):
         assert eventually((self.folder / "gate").exists, within_s=120)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_cluster_that_grows_shrinks_and_comes_back(tmp_path):
     """Of one node; then two, which both work; then none; then one, that ends what was begun."""
     ray_folder = Path(tempfile.mkdtemp(prefix="kpr", dir="/tmp"))

@@ -15,7 +15,7 @@ from tests.support.fuzz import Cutter, Outcome, campaign, make_seeds, mutated, t
 
 
 @pytest.mark.parametrize(
-    "count", [66, pytest.param(1500, marks=pytest.mark.slow)], ids=["some", "many"]
+    "count", [66, pytest.param(1500, marks=pytest.mark.long)], ids=["some", "many"]
 )
 def test_damage_gives_clips_or_codes(count: int, tmp_path: Path) -> None:
     trials = list(campaign(tmp_path, range(count), seed=7))
