@@ -245,7 +245,7 @@ _NO_ARCHIVE: Final = (
     KeyError,
     EOFError,
     zlib.error,
-    NotImplementedError,
+    NotImplementedError,  # a compression that this Python does not know
 )
 
 
