@@ -7,7 +7,7 @@ run as Prefect flows, in this process and without a server unless PREFECT_API_UR
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 
@@ -19,6 +19,7 @@ from flows.options import AsJson, DryRun, JobFile, Out, Overrides, Preset, say_p
 from flows.weights_cli import app as weights_app
 from kpmask import config
 from kpmask.errors import ConfigError
+from kpmask.metric_names import METRICS
 
 app = typer.Typer(
     cls=console.GuardedGroup,
@@ -347,7 +348,7 @@ def evaluate(
     reference: Annotated[str | None, typer.Option(help="The videos that they should be.")] = None,
     metrics: Annotated[
         str | None,
-        typer.Option(help=f"Comma-separated, of {', '.join(get_args(config.MetricName))}."),
+        typer.Option(help=f"Comma-separated, of {', '.join(METRICS)}."),
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     preset: Preset = None,

@@ -17,9 +17,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from kpmask.errors import ConfigError
+from kpmask.metric_names import known_metric
 from kpmask.model_config import SYSTEMS, Fraction, ModelConfig, Part, PositiveInt, Weight
 from kpmask.records import (
     MAX_GIF_FPS,
@@ -29,6 +30,7 @@ from kpmask.records import (
     OutputFormat,
     Partition,
     Quantise,
+    Setting,
     parse_box,
 )
 
@@ -582,45 +584,7 @@ class AnimateJob(Part):
 
 # --- evaluate --------------------------------------------------------------------------------
 
-PictureMetricName = Literal[
-    "l1",
-    "l1_with_first",
-    "l1_moving",
-    "psnr",
-    "ssim",
-    "temporal_error",
-    "flicker",
-    "warping_error",
-]
-# Made with estimators of faces and bodies, each of which needs its weights here: `kpmask weights`.
-KeypointMetricName = Literal[
-    "akd_facemesh",
-    "akd_facemesh_found",
-    "akd_euclidean_facemesh",
-    "jitter_facemesh",
-    "jitter_facemesh_found",
-    "mkr_facemesh",
-    "coverage_facemesh",
-    "akd_movenet",
-    "akd_movenet_found",
-    "akd_euclidean_movenet",
-    "jitter_movenet",
-    "jitter_movenet_found",
-    "mkr_movenet",
-    "coverage_movenet",
-]
-IdentityMetricName = Literal[
-    "aed_sq_sface",
-    "aed_sq_sface_found",
-    "aed_l2_sface",
-    "csim_truth_sface",
-    "csim_truth_sface_found",
-    "csim_source_sface",
-    "csim_source_sface_found",
-    "coverage_sface",
-    "coverage_source_sface",
-]
-MetricName = Literal[PictureMetricName, KeypointMetricName, IdentityMetricName]
+MetricName = Annotated[str, AfterValidator(known_metric)]
 
 
 class ScoreProtocol(Part):
@@ -633,6 +597,25 @@ class ScoreProtocol(Part):
     quantise: Quantise = "none"
     # Which mean is shown first: of the videos' means, or over all frames as in the papers' code.
     average: Average = "videos"
+
+
+class ScoreSetting(Part):
+    """What is drawn from what, of the clips of a split. Numbers of different settings do not
+    compare.
+
+    - reconstruction: each clip from its own frame 0.
+    - cross: one clip's frame 0 by the motion of another identity's clip; the metrics compare with
+      the driving frames, and those of identities with the source.
+    - few_shot: a person's held-out frames from one frame of the same person, as paper 003 has it
+      with no frame to fine-tune on.
+    """
+
+    kind: Setting = "reconstruction"
+    # cross: how drivers' motion is taken; relative is from its own frame 0 on.
+    motion: Motion = "absolute"
+    num_pairs: PositiveInt = 50  # cross: at most, spread over sources and drivers
+    pairs: str | None = None  # cross: a CSV with columns source and driving, of clips' names or ids
+    num_frames: PositiveInt = 32  # few_shot: held out of each person
 
 
 class EvaluateJob(Part):
@@ -654,6 +637,7 @@ class EvaluateJob(Part):
         "warping_error",
     )
     protocol: ScoreProtocol = ScoreProtocol()
+    setting: ScoreSetting = ScoreSetting()
     partition: Literal["train", "test"] = "test"
     holdout_fraction: Fraction = 0.0  # as the training had it
     max_clips: PositiveInt | None = None
@@ -674,6 +658,8 @@ class EvaluateJob(Part):
             raise ValueError("checkpoint goes with data, and generated with reference")
         if model[0] == folders[0]:
             raise ValueError("give either checkpoint + data or generated + reference")
+        if folders[0] and self.setting != ScoreSetting():
+            raise ValueError("setting is of a checkpoint on a dataset; two folders have none")
         return self
 
 

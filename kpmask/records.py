@@ -26,6 +26,7 @@ Motion = Literal["absolute", "relative"]
 Method = Literal["model", "copy", "codec"]
 Quantise = Literal["none", "truncate", "round"]
 Average = Literal["videos", "frames"]
+Setting = Literal["reconstruction", "cross", "few_shot"]
 
 
 def digest(value: Any) -> str:  # noqa: ANN401 - any JSON value
@@ -429,6 +430,34 @@ class ClipScores:
 
 
 @dataclass(frozen=True, slots=True)
+class FrameScores:
+    """One metric of one video frame by frame, NaN where it could not score a frame.
+
+    `values` begin with frame 0 of the driving video, whether or not it counts in the mean.
+    """
+
+    clip_id: str
+    name: str
+    metric: str
+    method: Method
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SetScore:
+    """One metric of a whole set of videos of one method: it has no value for a single video.
+
+    `num_windows` is how many frames, or windows of frames, its features are of.
+    """
+
+    metric: str
+    method: Method
+    value: float
+    num_videos: int
+    num_windows: int
+
+
+@dataclass(frozen=True, slots=True)
 class ScoreSummary:
     """One metric of one method over all videos.
 
@@ -476,7 +505,13 @@ class PairedScore:
 class MetricInfo:
     """What a metric's numbers were made with; numbers compare only where all of it agrees.
 
-    `counts_first` is whether frame 0 counts, `quantise` what became of drawn frames before.
+    Attributes:
+        counts_first: whether frame 0 counts.
+        quantise: what became of drawn frames before.
+        estimator: what finds faces or bodies for it; empty where nothing does.
+        coverage: the metric whose mean is the share of frames in which that found them; empty
+            where every frame can be scored.
+        of_set: whether it has one value for a whole set of videos.
     """
 
     name: str
@@ -486,6 +521,9 @@ class MetricInfo:
     higher_is_better: bool
     counts_first: bool = False
     quantise: Quantise = "none"
+    estimator: str = ""
+    coverage: str = ""
+    of_set: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -494,6 +532,8 @@ class ScoreTable:
 
     `dataset_id`, `weights_sha256` and `perceptual` (the features that the model was trained
     against) are empty where two folders were compared. `average` is which mean is shown first.
+    `setting` and `motion` are what was drawn from what, see `kpmask.config.ScoreSetting`; a cross
+    setting's videos are pairs. `sets` are the metrics of the whole set.
     """
 
     uri: str
@@ -507,6 +547,9 @@ class ScoreTable:
     summaries: tuple[ScoreSummary, ...]
     paired: tuple[PairedScore, ...] = ()
     average: Average = "videos"
+    setting: Setting = "reconstruction"
+    motion: Motion = "absolute"
+    sets: tuple[SetScore, ...] = ()
 
 
 # --- compare ---------------------------------------------------------------------------------

@@ -24,9 +24,9 @@ from typing import Final, Literal, Protocol, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from kpmask.metric_names import EmbeddingName, PointsName
+
 Subject = Literal["face", "person"]
-PointsName = Literal["facemesh", "movenet"]
-EmbeddingName = Literal["sface"]
 Frames = NDArray[np.uint8]  # THWC RGB
 
 ESTIMATORS: Final[tuple[str, ...]] = (*get_args(PointsName), *get_args(EmbeddingName))

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kpmask.config import MetricName
+from kpmask.metric_names import IDENTITY_METRICS, KEYPOINT_METRICS
 
 
 class Described(Protocol):
@@ -100,15 +100,15 @@ class SetMetric(Described, Protocol):
         ...
 
 
-def build_metrics(names: Sequence[MetricName]) -> list[Metric]:
+def build_metrics(names: Sequence[str]) -> list[Metric]:
     """The metrics of these names, in their order, each once.
 
     Raises:
         ConfigError: an estimator's weights are not here; the hint is the command that gets them.
         CheckpointError: they are other weights.
     """
-    from kpmask.metrics.identity import IDENTITY_METRICS, identity_metric
-    from kpmask.metrics.keypoints import KEYPOINT_METRICS, keypoint_metric
+    from kpmask.metrics.identity import identity_metric
+    from kpmask.metrics.keypoints import keypoint_metric
     from kpmask.metrics.pixel import L1, MovingL1, Psnr
     from kpmask.metrics.ssim import Ssim
     from kpmask.metrics.temporal import Flicker, TemporalError

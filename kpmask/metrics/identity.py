@@ -28,20 +28,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Final, Literal, get_args
+from typing import ClassVar, Final, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kpmask.config import IdentityMetricName
-from kpmask.estimators import EmbeddingEstimator, EmbeddingName, embedding_estimator
+from kpmask.estimators import EmbeddingEstimator, embedding_estimator
 from kpmask.estimators.frames import embeddings_of
+from kpmask.metric_names import EmbeddingName, IdentityKind
 
 Vectors = NDArray[np.float64]  # TD, of length 1; NaN where nothing was found
 PerFrame = NDArray[np.float64]  # T
-
-IDENTITY_METRICS: Final[tuple[IdentityMetricName, ...]] = get_args(IdentityMetricName)
 
 
 # --- on tables of vectors --------------------------------------------------------------------
@@ -83,8 +81,7 @@ def missed_as_opposite(true_TD: Vectors, generated_TD: Vectors) -> Vectors:
 
 # --- on frames -------------------------------------------------------------------------------
 
-Kind = Literal["aed_sq", "aed_l2", "csim_truth", "csim_source", "coverage", "coverage_source"]
-_FORMULAS: Final[dict[Kind, Callable[[Vectors, Vectors], PerFrame]]] = {
+_FORMULAS: Final[dict[IdentityKind, Callable[[Vectors, Vectors], PerFrame]]] = {
     "aed_sq": aed_sq,
     "aed_l2": aed_l2,
     "csim_truth": csim,
@@ -102,7 +99,7 @@ class IdentityMetric:
         only_found: leave frames out in which the generated face was not found.
     """
 
-    kind: Kind
+    kind: IdentityKind
     estimator: EmbeddingEstimator
     only_found: bool = False
     counts_first: ClassVar[bool] = False
@@ -141,7 +138,7 @@ class IdentityMetric:
         return _FORMULAS[self.kind](true_TD, generated_TD)
 
 
-def identity_metric(name: IdentityMetricName) -> IdentityMetric:
+def identity_metric(name: str) -> IdentityMetric:
     """The metric of this name.
 
     Raises:
@@ -153,8 +150,8 @@ def identity_metric(name: IdentityMetricName) -> IdentityMetric:
     return IdentityMetric(kind, embedding_estimator(estimator), only_found=only_found)
 
 
-_PARTS: Final[dict[str, tuple[Kind, EmbeddingName]]] = {
+_PARTS: Final[dict[str, tuple[IdentityKind, EmbeddingName]]] = {
     f"{kind}_{estimator}": (kind, estimator)
     for estimator in get_args(EmbeddingName)
-    for kind in get_args(Kind)
+    for kind in get_args(IdentityKind)
 }

@@ -27,20 +27,18 @@ others, face-alignment and OpenPose: these numbers do not belong beside those.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Final, Literal, get_args
+from typing import ClassVar, Final, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kpmask.config import KeypointMetricName
-from kpmask.estimators import PointEstimator, PointsName, point_estimator
+from kpmask.estimators import PointEstimator, point_estimator
 from kpmask.estimators.frames import keypoints_of
+from kpmask.metric_names import PointsKind, PointsName
 
 Points = NDArray[np.float64]  # TK2, x and y in px; NaN where not found
 PerFrame = NDArray[np.float64]  # T
-
-KEYPOINT_METRICS: Final[tuple[KeypointMetricName, ...]] = get_args(KeypointMetricName)
 
 
 # --- on tables of points ---------------------------------------------------------------------
@@ -130,7 +128,6 @@ def _ratio(over_T: NDArray[np.number], under_T: NDArray[np.number]) -> PerFrame:
 
 # --- on frames -------------------------------------------------------------------------------
 
-Kind = Literal["akd", "akd_euclidean", "jitter", "mkr", "coverage"]
 _DISTANCES: Final = {"akd": akd, "akd_euclidean": akd_euclidean, "jitter": jitter}
 
 
@@ -142,7 +139,7 @@ class KeypointMetric:
         only_found: leave points out that were not found in the generated frame.
     """
 
-    kind: Kind
+    kind: PointsKind
     estimator: PointEstimator
     only_found: bool = False
     counts_first: ClassVar[bool] = False
@@ -186,7 +183,7 @@ class KeypointMetric:
         return _DISTANCES[self.kind](true_TK2, generated_TK2, missed_TK2=missed_TK2)
 
 
-def keypoint_metric(name: KeypointMetricName) -> KeypointMetric:
+def keypoint_metric(name: str) -> KeypointMetric:
     """The metric of this name.
 
     Raises:
@@ -198,8 +195,8 @@ def keypoint_metric(name: KeypointMetricName) -> KeypointMetric:
     return KeypointMetric(kind, point_estimator(estimator), only_found=only_found)
 
 
-_PARTS: Final[dict[str, tuple[Kind, PointsName]]] = {
+_PARTS: Final[dict[str, tuple[PointsKind, PointsName]]] = {
     f"{kind}_{estimator}": (kind, estimator)
     for estimator in get_args(PointsName)
-    for kind in get_args(Kind)
+    for kind in get_args(PointsKind)
 }

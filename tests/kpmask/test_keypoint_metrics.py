@@ -20,9 +20,10 @@ from kpmask.errors import ConfigError
 from kpmask.estimators import Keypoints, Subject
 from kpmask.estimators.frames import EachFrame
 from kpmask.evaluate import score_video
+from kpmask.metric_names import KEYPOINT_METRICS, PointsKind
 from kpmask.metrics import Metric
 from kpmask.metrics import keypoints as kp
-from kpmask.metrics.keypoints import KEYPOINT_METRICS, KeypointMetric, keypoint_metric
+from kpmask.metrics.keypoints import KeypointMetric, keypoint_metric
 
 NAN = math.nan
 MISSING = (NAN, NAN)
@@ -169,7 +170,7 @@ def dots(*places: tuple[int, int] | None) -> torch.Tensor:
     return frames
 
 
-def values(kind: kp.Kind, made: torch.Tensor, true: torch.Tensor, **more: Any) -> list[float]:
+def values(kind: PointsKind, made: torch.Tensor, true: torch.Tensor, **more: Any) -> list[float]:
     return list(KeypointMetric(kind, Bright(), **more).per_frame(made, true, true[0]))
 
 
@@ -213,7 +214,7 @@ def test_an_estimator_that_never_worked_is_no_bad_frame() -> None:
 def test_one_frame_and_pieces_with_the_frames_before() -> None:
     places = [(3 * t % 40, 5 * t % 24) for t in range(9)]
     true, made = dots(*places), dots(*[(x, (y + x) % 24) for x, y in places])
-    for kind in get_args(kp.Kind):
+    for kind in get_args(PointsKind):
         metric = KeypointMetric(kind, Bright())
         whole = metric.per_frame(made, true, true[0])
         assert whole.shape == (9,)
@@ -229,7 +230,7 @@ def test_scores_of_a_video_are_those_of_its_chunks() -> None:
     places = [(int(x), int(y)) for x, y in rng.integers(2, 20, (11, 2))]
     true = dots(*places)
     made = dots(*[(x + 1, y) if t % 4 else None for t, (x, y) in enumerate(places)])
-    metrics: list[Metric] = [KeypointMetric(kind, Bright()) for kind in get_args(kp.Kind)]
+    metrics: list[Metric] = [KeypointMetric(kind, Bright()) for kind in get_args(PointsKind)]
     whole = score_video([(made, true)], metrics, clip_id="a", name="a")
     chunks = [(made[i:j], true[i:j]) for i, j in ((0, 1), (1, 5), (5, 7), (7, 11))]
     in_chunks = score_video(chunks, metrics, clip_id="a", name="a")
@@ -248,7 +249,7 @@ def test_scores_of_a_video_are_those_of_its_chunks() -> None:
 def test_equal_frames_are_looked_at_once() -> None:
     estimator = Bright()
     true, frozen = dots(*[(x, 3) for x in range(8)]), dots(*[(0, 3)] * 8)
-    for kind in get_args(kp.Kind):
+    for kind in get_args(PointsKind):
         KeypointMetric(kind, estimator).per_frame(frozen, true, true[0])
     assert estimator.looked == 8
 
@@ -257,14 +258,14 @@ def test_names_say_the_estimator_and_what_missed_points_count() -> None:
     metric = KeypointMetric("akd", Bright())
     assert (metric.name, metric.version, metric.weights_sha256) == ("akd_bright", "1+3", "ab" * 32)
     assert KeypointMetric("akd", Bright(), only_found=True).name == "akd_bright_found"
-    assert [KeypointMetric(k, Bright()).higher_is_better for k in get_args(kp.Kind)] == [
-        kind == "coverage" for kind in get_args(kp.Kind)
+    assert [KeypointMetric(k, Bright()).higher_is_better for k in get_args(PointsKind)] == [
+        kind == "coverage" for kind in get_args(PointsKind)
     ]
 
 
 @pytest.mark.parametrize("name", KEYPOINT_METRICS)
 def test_every_name_is_known_and_without_weights_names_the_command(
-    name: kp.KeypointMetricName, monkeypatch: pytest.MonkeyPatch
+    name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def found(estimator: str) -> Any:
         made = Bright()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import get_args
 
 import cv2
 import numpy as np
 import pytest
 import torch
 
-from kpmask.config import MetricName, PictureMetricName
+from kpmask.config import MetricName
+from kpmask.metric_names import PICTURE_METRICS
 from kpmask.metrics import build_metrics
 from kpmask.metrics.pixel import L1, MovingL1, Psnr
 from kpmask.metrics.ssim import Ssim, ssim
@@ -279,7 +279,7 @@ def test_one_frame_has_no_frame_before_it() -> None:
         assert np.isnan(metric.per_frame(frame, frame, frame[0])).tolist() == [True]
 
 
-@pytest.mark.parametrize("name", get_args(PictureMetricName))
+@pytest.mark.parametrize("name", PICTURE_METRICS)
 def test_pieces_that_overlap_have_the_values_of_the_whole(name: MetricName) -> None:
     (metric,) = build_metrics([name])
     true = panned(scene(8), [(2 * t, t) for t in range(7)], 64)
@@ -295,7 +295,7 @@ def test_pieces_that_overlap_have_the_values_of_the_whole(name: MetricName) -> N
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", get_args(PictureMetricName))
+@pytest.mark.parametrize("name", PICTURE_METRICS)
 def test_values_are_the_same_where_the_frames_are_drawn(name: MetricName) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
@@ -312,6 +312,4 @@ def test_metrics_are_built_once_each_and_say_what_they_are() -> None:
     assert [m.name for m in metrics] == ["ssim", "l1", "l1_moving", "l1_with_first"]
     assert [m.counts_first for m in metrics] == [False, False, False, True]
     assert all(m.version and m.licence and m.weights_sha256 is None for m in metrics)
-    assert [m.name for m in build_metrics(get_args(PictureMetricName))] == list(
-        get_args(PictureMetricName)
-    )
+    assert [m.name for m in build_metrics(PICTURE_METRICS)] == list(PICTURE_METRICS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from kpmask import Animator, checkpoint
-from kpmask.config import Cluster, EvaluateJob, MediaLimits, PictureMetricName, ScoreProtocol
+from kpmask.config import Cluster, EvaluateJob, MediaLimits, ScoreProtocol
 from kpmask.data.dataset import Dataset
 from kpmask.data.shards import ShardWriter
 from kpmask.errors import (
@@ -27,6 +27,7 @@ from kpmask.errors import (
 from kpmask.evaluate import reconstruct
 from kpmask.media import images
 from kpmask.media.encode import encode
+from kpmask.metric_names import PICTURE_METRICS
 from kpmask.model_config import Hourglass, KeypointDetector, KeypointMaskModel, LowResolution
 from kpmask.models import build_system
 from kpmask.records import (
@@ -184,7 +185,7 @@ def test_scores_are_those_of_a_slow_loop(scored: Any, inputs: Path) -> None:
 
 def test_every_metric_stands_beside_the_copy_and_the_codec(scored: Any) -> None:
     _, table, _ = scored
-    names = list(get_args(PictureMetricName))
+    names = list(PICTURE_METRICS)
     assert {(s.metric, s.method) for s in table.summaries} == {
         (name, method) for name in names for method in ("model", "copy", "codec")
     }

@@ -1,0 +1,56 @@
+"""What metrics there are, by name: nothing of them is loaded here.
+
+A metric that an estimator is behind is called `KIND_ESTIMATOR`, `akd_facemesh` say: never by its
+kind alone, since numbers of two estimators do not compare. `_found` at the end is the same metric
+without what was missed; see `kpmask.metrics.keypoints` and `.identity`.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal, get_args
+
+PictureMetricName = Literal[
+    "l1",
+    "l1_with_first",
+    "l1_moving",
+    "psnr",
+    "ssim",
+    "temporal_error",
+    "flicker",
+    "warping_error",
+]
+
+PointsName = Literal["facemesh", "movenet"]
+PointsKind = Literal["akd", "akd_euclidean", "jitter", "mkr", "coverage"]
+EmbeddingName = Literal["sface"]
+IdentityKind = Literal[
+    "aed_sq", "aed_l2", "csim_truth", "csim_source", "coverage", "coverage_source"
+]
+# Of the others `_found` would be the same, or say nothing.
+_WITH_FOUND: Final = frozenset({"akd", "jitter", "aed_sq", "csim_truth", "csim_source"})
+
+
+def _with_estimators(kinds: tuple[str, ...], estimators: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(
+        f"{kind}_{estimator}{ending}"
+        for estimator in estimators
+        for kind in kinds
+        for ending in (("", "_found") if kind in _WITH_FOUND else ("",))
+    )
+
+
+PICTURE_METRICS: Final[tuple[str, ...]] = get_args(PictureMetricName)
+KEYPOINT_METRICS: Final = _with_estimators(get_args(PointsKind), get_args(PointsName))
+IDENTITY_METRICS: Final = _with_estimators(get_args(IdentityKind), get_args(EmbeddingName))
+METRICS: Final = (*PICTURE_METRICS, *KEYPOINT_METRICS, *IDENTITY_METRICS)
+
+
+def known_metric(name: str) -> str:
+    """The name itself.
+
+    Raises:
+        ValueError: there is no such metric; it says which there are.
+    """
+    if name not in METRICS:
+        raise ValueError(f"no metric {name!r}; there are: {', '.join(METRICS)}")
+    return name
