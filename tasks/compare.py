@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -31,10 +31,8 @@ from kpmask.compare_pictures import StripRow, moving_strip, still_strip
 from kpmask.config import CompareJob
 from kpmask.data.shards import Shard, ShardWriter
 from kpmask.device import gpu_names
-from kpmask.evaluate import metric_info
 from kpmask.media import images
 from kpmask.media.encode import encode
-from kpmask.metrics import build_metrics
 from kpmask.records import (
     ComparedRun,
     ComparedScore,
@@ -129,9 +127,9 @@ def score_run(job: CompareJob, name: str, *, on_progress: OnProgress | None = No
     report = on_progress or _ignore
     runs = open_store(run.job.out)
     manifest = RunManifest(**read_json(runs, train_folder.MANIFEST))
-    metadata = {"settings_digest": opened.settings_digest, "weights": manifest.weights_sha256}
+    metadata = {"scores_digest": opened.scores_digest, "weights": manifest.weights_sha256}
     store = opened.store.child(f"scores/{name}")
-    if store.exists(SCORES) and metadata.items() <= read_table_metadata(store, SCORES).items():
+    if _is_scored(store, metadata):
         return
     found = score_system(
         runs.local(train_folder.WEIGHTS),
@@ -143,6 +141,13 @@ def score_run(job: CompareJob, name: str, *, on_progress: OnProgress | None = No
     _put_pictures(store, found)
     write_json(store, "model.json", {"num_parameters": found.num_parameters})
     write_table(store, SCORES, found.scores, ComparedScore, metadata=metadata)
+
+
+def _is_scored(store: ObjectStore, metadata: Mapping[str, str]) -> bool:
+    """Whether scores are here that were made with just these settings."""
+    if not store.exists(SCORES):
+        return False
+    return metadata.items() <= read_table_metadata(store, SCORES).items()
 
 
 def _scoring(opened: Opened) -> Scoring:
@@ -177,7 +182,10 @@ def publish(job: CompareJob) -> Comparison:
         StorageError: a store denies, lacks space or does not answer.
     """
     opened = open_comparison(job)
-    scored = [run for run in opened.runs if opened.store.exists(f"scores/{run.name}/{SCORES}")]
+    metadata = {"scores_digest": opened.scores_digest}
+    scored = [
+        run for run in opened.runs if _is_scored(opened.store.child(f"scores/{run.name}"), metadata)
+    ]
     scores = _all_scores(opened, scored)
     comparison = _comparison(opened, scored, scores)
     store = opened.store
@@ -186,7 +194,7 @@ def publish(job: CompareJob) -> Comparison:
         SCORES,
         scores,
         ComparedScore,
-        metadata={"settings_digest": opened.settings_digest},
+        metadata=metadata,
     )
     curves = comparison_curves_svg([_curve(run) for run in scored])
     store.put(CURVES, curves.encode())
@@ -228,7 +236,7 @@ def _comparison(
     opened: Opened, runs: Sequence[PlannedRun], scores: Sequence[ComparedScore]
 ) -> Comparison:
     job = opened.job
-    metrics = (*map(metric_info, build_metrics(job.metrics)), *CROSS_METRICS)
+    metrics = (*opened.metrics, *CROSS_METRICS)
     document = read_json(opened.store, COMPARE)
     manifests = [_manifest(run) for run in runs]
     return Comparison(

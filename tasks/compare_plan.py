@@ -6,6 +6,7 @@ rest of the comparison reads it from there, so that each step may be done by ano
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -18,10 +19,12 @@ from kpmask.animate import choose_device
 from kpmask.compare import planned_lengths, steps_within, with_budget
 from kpmask.config import ComparedSystem, CompareJob, TrainJob, validated
 from kpmask.errors import ConfigError, DatasetError
+from kpmask.evaluate import metric_info
 from kpmask.losses import PerceptualLoss
+from kpmask.metrics import build_metrics
 from kpmask.models import build_system
 from kpmask.perceptual import load_perceptual
-from kpmask.records import ClipRecord, Progress, StepMetrics, digest
+from kpmask.records import ClipRecord, MetricInfo, Progress, StepMetrics, digest
 from kpmask.train import Worker
 from tasks import train_folder
 from tasks.dataset import open_dataset
@@ -34,8 +37,9 @@ from tasks.train_worker import samplers
 OnProgress = Callable[[Progress], None]
 
 COMPARE: Final = "compare.json"
-# What the table's rows need not have in common.
-_NOT_SHARED: Final = frozenset({"data", "out", "systems", "seeds", "baseline", "device"})
+# What runs need not have in common; scores of other metrics or pairs are made anew.
+_OF_SCORES: Final = frozenset({"metrics", "cross_pairs", "cross_frames"})
+_NOT_SHARED: Final = _OF_SCORES | {"data", "out", "systems", "seeds", "baseline", "device"}
 CALIBRATION_STEPS: Final = 10
 WARM_UP_STEPS: Final = 3
 NEVER: Final = 10**9  # steps
@@ -53,12 +57,17 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Opened:
-    """A comparison that is under way, as its `compare.json` has it."""
+    """A comparison that is under way, as its `compare.json` has it.
+
+    `scores_digest` is of all that shapes a run's scores, but for its weights.
+    """
 
     job: CompareJob
     store: ObjectStore
     data: TrainingData
     settings_digest: str
+    scores_digest: str
+    metrics: tuple[MetricInfo, ...]
     runs: tuple[PlannedRun, ...]
 
     def run(self, name: str) -> PlannedRun:
@@ -143,7 +152,21 @@ def open_comparison(job: CompareJob) -> Opened:
             if steps != sum(planned_lengths(run, pairs_per_epoch=pairs)):
                 run = with_budget(run, steps, pairs_per_epoch=pairs)
             runs.append(PlannedRun(name, system.name, seed, run))
-    return Opened(job, store, data, digest(document["shared"]), tuple(runs))
+    metrics = tuple(map(metric_info, build_metrics(job.metrics)))
+    scored_by = {
+        "settings": digest(document["shared"]),
+        "metrics": [dataclasses.asdict(metric) for metric in metrics],
+        **job.model_dump(mode="json", include={"cross_pairs", "cross_frames"}),
+    }
+    return Opened(
+        job=job,
+        store=store,
+        data=data,
+        settings_digest=digest(document["shared"]),
+        scores_digest=digest(scored_by),
+        metrics=metrics,
+        runs=tuple(runs),
+    )
 
 
 def _placed(job: CompareJob) -> CompareJob:
@@ -176,6 +199,7 @@ def _pairs_per_epoch(job: TrainJob, data: TrainingData) -> int:
 
 def _checked(job: CompareJob) -> TrainingData:
     """The dataset, once all that can be wrong with the job has been looked at."""
+    build_metrics(job.metrics)  # whose weights may be missing
     features = load_perceptual(job.train.perceptual, job.train.perceptual_weights)
     for system in job.systems:
         run = _train_job(job, system, seed=job.seeds[0], name=system.name)

@@ -1,7 +1,8 @@
 """One trained system on the held-out clips: its scores, and the frames that are shown of it.
 
-Beside each reconstruction stands the copy of the source; beside each cross-identity animation stand
-the source's own video and the driving video, which say what its scores are worth.
+Beside each reconstruction stand the copy of the source and the true frames after the codec; beside
+each cross-identity animation the source's own video and the driving video. They say what its scores
+are worth.
 """
 
 from __future__ import annotations
@@ -9,18 +10,21 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, get_args
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from kpmask import checkpoint
 from kpmask.animate import Animator, to_frames, to_tensor
-from kpmask.config import MetricName
 from kpmask.data.dataset import Dataset
+from kpmask.errors import ItemError
 from kpmask.evaluate import FramePair, reconstruct, score_video, video_scores
+from kpmask.media.roundtrip import through_codec
 from kpmask.metrics import build_metrics
 from kpmask.metrics.foreground import transfer_scores
 from kpmask.model_config import Ablation
@@ -28,6 +32,7 @@ from kpmask.models.refined_mask import RefinedMaskSystem
 from kpmask.records import ClipRecord, ComparedMethod, ComparedScore, Motion, Protocol
 
 Frames = NDArray[np.uint8]  # THWC RGB
+Frame = NDArray[np.uint8]  # HWC RGB
 Pair = tuple[ClipRecord, ClipRecord]  # source and driving
 
 BATCH_FRAMES: Final = 16
@@ -46,7 +51,7 @@ class Scoring:
     dataset: Dataset
     clips: Sequence[ClipRecord]
     pairs: Sequence[Pair]
-    metrics: Sequence[MetricName]
+    metrics: Sequence[str]
     cross_frames: int
     device: str
 
@@ -95,6 +100,7 @@ def score_system(
     Raises:
         CheckpointError: the file cannot be read, or draws another size than the clips'.
         DatasetError: what is stored is not what the manifest says.
+        ItemError: the system draws pixels that are no numbers.
     """
     loaded = checkpoint.load(weights)
     animator = Animator(loaded.system, device=scoring.device, weights_sha256=loaded.sha256)
@@ -157,7 +163,10 @@ class _Work:
             draw = as_animated if variant else reconstruct
             kept: list[Frames] = []
             pairs = _watched(draw(animator, self._chunks(clip)), kept)
-            found = score_video(pairs, metrics, clip_id=clip.clip_id, name=clip.name)
+            with self._codec(clip) if not variant else nullcontext() as codec:
+                found = score_video(
+                    pairs, metrics, clip_id=clip.clip_id, name=clip.name, codec=codec
+                )
             for score in video_scores([found]):
                 if score.method == "model" or not variant:
                     values = (score.metric, score.value, score.num_frames)
@@ -170,6 +179,10 @@ class _Work:
         for start in range(0, clip.num_frames, BATCH_FRAMES):
             stop = min(start + BATCH_FRAMES, clip.num_frames)
             yield self.scoring.dataset.read(clip, slice(start, stop))
+
+    def _codec(self, clip: ClipRecord) -> AbstractContextManager[Iterator[Frame]]:
+        true = itertools.chain.from_iterable(self._chunks(clip))
+        return through_codec(true, fps=clip.fps)
 
     # --- another identity's motion ---
 
@@ -243,12 +256,18 @@ def _names(of: ClipRecord | Pair) -> tuple[str, str]:
 
 
 def as_animated(animator: Animator, chunks: Iterable[Frames]) -> Iterator[FramePair]:
-    """As `reconstruct`, by all that the system does when it animates."""
+    """As `reconstruct`, by all that the system does when it animates.
+
+    Raises:
+        ItemError: a pixel is drawn that is no number.
+    """
     source = None
     for frames_THWC in chunks:
         if source is None:
             source = animator.encode_source(frames_THWC[0])
         generated = animator.render(source, animator.encode_driving(frames_THWC))
+        if not torch.isfinite(generated).all():
+            raise ItemError("the model draws pixels that are no numbers")
         yield generated, to_tensor(frames_THWC, device=animator.device)
 
 

@@ -26,6 +26,7 @@ from kpmask.report.run import INK
 
 REFERENCES: Final[Mapping[ComparedMethod, str]] = {
     "copy": "copy of the source",
+    "codec": "the codec alone",
     "source": "the source's own video",
     "driving": "the driving video itself",
 }

@@ -22,6 +22,7 @@ from kpmask import Animator
 from kpmask.config import CompareJob, TrainJob, resolve_job
 from kpmask.data.shards import ShardWriter
 from kpmask.errors import ConfigError, DatasetError
+from kpmask.estimators import point_estimator
 from kpmask.media import images
 from kpmask.records import ClipRecord, ComparedScore, DatasetManifest, Progress, ValidationScore
 from tasks.compare import compare
@@ -166,9 +167,10 @@ def test_scores_against_a_slow_loop(finished: Path, data: str) -> None:
         drawn = animator.animate(frames[0], frames)  # 8 bits: half a level of rounding
         wanted = np.abs(drawn[1:] / 255 - frames[1:] / 255).mean()
         copied = np.abs(frames[0] / 255 - frames[1:] / 255).mean()
-        own = {s.system: s.value for s in rows if s.clip_id == record.clip_id}
-        assert own["circles"] == pytest.approx(wanted, abs=1e-3)
-        assert own[""] == pytest.approx(copied, abs=1e-6)
+        own = {(s.system, s.method): s.value for s in rows if s.clip_id == record.clip_id}
+        assert own["circles", "model"] == pytest.approx(wanted, abs=1e-3)
+        assert own["", "copy"] == pytest.approx(copied, abs=1e-6)
+        assert 0 < own["", "codec"] < copied  # lossy, and still the true frames
 
 
 def test_rows_of_the_table(finished: Path) -> None:
@@ -296,14 +298,43 @@ def test_a_system_and_a_seed_may_join(data: str, tmp_path: Path) -> None:
         ("x2face", 0, "x2face"),
         ("x2face", 2, "x2face-seed2"),
     ]
-    assert joined.rows[1].values[0].seed_std is not None
+    (own,) = [r for r in joined.rows if r.system == "fomm" and r.protocol == "reconstruction"]
+    assert own.values[0].seed_std is not None
     assert not (out / "strip-cross.png").exists()
+
+
+def test_other_metrics_and_pairs_score_again_and_train_nothing(data: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    compare(job(data, out, "fomm", "x2face", steps=2, metrics=["l1"]))
+    trained = {p: p.stat().st_mtime_ns for p in (out / "runs").rglob("*") if p.is_file()}
+    pixels = {s.clip_id: s.value for s in scores_of(out) if (s.system, s.metric) == ("fomm", "l1")}
+    changed = job(data, out, "fomm", "x2face", steps=2, metrics=["l1", "psnr"], cross_pairs=2)
+    seen: list[Progress] = []
+    found = compare(changed, on_progress=seen.append)
+    assert {p: p.stat().st_mtime_ns for p in (out / "runs").rglob("*") if p.is_file()} == trained
+    assert {p.stage for p in seen} == {"score fomm", "score x2face"}
+    assert [info.name for info in found.metrics][:2] == ["l1", "psnr"]
+    again = {s.clip_id: s.value for s in scores_of(out) if (s.system, s.metric) == ("fomm", "l1")}
+    assert again == pixels
+    assert {s.metric for s in scores_of(out) if s.protocol == "reconstruction"} == {"l1", "psnr"}
+    pairs = {s.clip_id for s in scores_of(out) if s.protocol == "cross-absolute"}
+    assert len(pairs) == 2
+
+
+def test_metrics_without_weights_are_refused_before_training(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("KPMASK_CACHE", str(tmp_path / "cache"))
+    point_estimator.cache_clear()
+    with pytest.raises(ConfigError, match="weights are not here"):
+        compare(job(data, tmp_path / "out", metrics=["akd_movenet"]))
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_comparison_is_refused_by_name(finished: Path, data: str) -> None:
     for settings, message in (
         ({"steps": 6}, "steps was 5, is 6"),
-        ({"cross_pairs": 2}, "cross_pairs was 3, is 2"),
         ({"train": {"num_repeats": 9}}, "train.num_repeats was 8, is 9"),
     ):
         with pytest.raises(ConfigError, match=message):
