@@ -212,6 +212,23 @@ KNOWN: Final[dict[str, Weights]] = {
                 ),
             ),
         ),
+        Weights(  # the linear heads; the network under them is `alexnet`
+            name="lpips",
+            licence="BSD-2-Clause",
+            package=Package(
+                registry="pypi",
+                name="lpips",
+                version="0.1.4",
+                sha256="fd537af5828b69d2e6ffc0a397bd506dbc28ca183543617690844c08e102ec5e",
+                size_bytes=53763,
+            ),
+            files=(
+                WeightsFile(
+                    "lpips/weights/v0.1/alex.pth",
+                    "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0",
+                ),
+            ),
+        ),
     )
 }
 
@@ -225,7 +242,7 @@ OWN: Final[dict[str, OwnWeights]] = {
             licence="BSD-3-Clause",
             terms="unclear",  # trained on ImageNet, whose terms say research
             source="torchvision: AlexNet, for LPIPS",
-            sha256_prefixes=("7be5be79",),
+            sha256_prefixes=("7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02",),
             url="https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
             max_bytes=300 * 2**20,
         ),
@@ -235,7 +252,7 @@ OWN: Final[dict[str, OwnWeights]] = {
             licence="Apache-2.0",
             terms="unclear",
             source="pytorch-fid: Inception-v3 as the authors of FID use it",
-            sha256_prefixes=("6726825d",),
+            sha256_prefixes=("6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",),
             url="https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
             "pt_inception-2015-12-05-6726825d.pth",
             max_bytes=200 * 2**20,
@@ -246,6 +263,9 @@ OWN: Final[dict[str, OwnWeights]] = {
             licence="Apache-2.0",
             terms="unclear",
             source="StyleGAN-V: I3D as TorchScript, for FVD",
+            # Whole: a TorchScript is a program, so no other is ever loaded.
+            sha256_prefixes=("bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2",),
+            url="https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt?dl=1",
             max_bytes=200 * 2**20,
         ),
     )

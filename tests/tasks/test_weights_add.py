@@ -263,7 +263,7 @@ def test_names_are_of_one_kind_and_digests_as_torch_hub_has_them() -> None:
     for name, weights in OWN.items():
         assert name == weights.name
         if weights.url is not None and weights.name in {"alexnet", "inception"}:
-            assert weights.sha256_prefixes[0] in weights.url
+            assert weights.sha256_prefixes[0][:8] in weights.url
         assert (weights.url is None) or weights.url.startswith(("https://", "http://127.0.0.1"))
         assert all(
             len(p) >= 8 and set(p) <= set("0123456789abcdef") for p in weights.sha256_prefixes
