@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kpmask.animate import Animator, to_tensor
 from kpmask.config import ScoreProtocol
-from kpmask.errors import CheckpointError, ConfigError, ItemError
+from kpmask.errors import CheckpointError, ItemError
 from kpmask.metrics import Metric, SetMetric
 from kpmask.records import (
     ClipScores,
@@ -188,48 +188,35 @@ _METHODS: Final[tuple[Method, ...]] = get_args(Method)
 # --- a whole set -----------------------------------------------------------------------------
 
 
-@torch.inference_mode()
-def window_features(metric: SetMetric, chunks: Iterable[Tensor]) -> NDArray[np.float64]:
-    """The features of a video's windows (N, D), which follow one another without overlap.
+class WindowFeatures:
+    """The features of a video's windows, which follow one another without overlap.
 
     Frames that fill no window at the end are left out; a video that is shorter than a window has
-    no features, (0, 0).
-
-    Args:
-        chunks: the video's frames in order, float TCHW.
+    no features.
     """
-    length = metric.frames_per_window
-    left_TCHW: Tensor | None = None
-    found = []
-    for chunk_TCHW in chunks:
-        left_TCHW = chunk_TCHW if left_TCHW is None else torch.cat([left_TCHW, chunk_TCHW])
+
+    def __init__(self, metric: SetMetric) -> None:
+        self._metric = metric
+        self._left_TCHW: Tensor | None = None
+        self._found: list[NDArray[np.float64]] = []
+
+    @torch.inference_mode()
+    def add(self, chunk_TCHW: Tensor) -> None:
+        """Take the next frames of the video, float TCHW, however many."""
+        left_TCHW = (
+            chunk_TCHW if self._left_TCHW is None else torch.cat([self._left_TCHW, chunk_TCHW])
+        )
+        length = self._metric.frames_per_window
         count = len(left_TCHW) // length
         if count:
             whole_TCHW = left_TCHW[: count * length]
-            found.append(metric.features(whole_TCHW.reshape(count, length, *whole_TCHW.shape[1:])))
-        left_TCHW = left_TCHW[count * length :]
-    return np.concatenate(found) if found else np.empty((0, 0))
+            windows_NTCHW = whole_TCHW.reshape(count, length, *whole_TCHW.shape[1:])
+            self._found.append(self._metric.features(windows_NTCHW))
+        self._left_TCHW = left_TCHW[count * length :].clone()
 
-
-def score_set(
-    metric: SetMetric,
-    generated: Sequence[NDArray[np.float64]],
-    reference: Sequence[NDArray[np.float64]],
-) -> float:
-    """A set's value, from the features of each of its videos' windows.
-
-    Raises:
-        ConfigError: there are fewer windows than the metric's value can be had from.
-    """
-    sets = [[features for features in side if len(features)] for side in (generated, reference)]
-    count = min(sum(len(features) for features in side) for side in sets)
-    if count < metric.min_windows:
-        raise ConfigError(
-            f"{count} windows of {metric.frames_per_window} frames are too few: it takes "
-            f"{metric.min_windows}, or the value is more of their number than of the videos",
-            subject=metric.name,
-        )
-    return metric.score(*(np.concatenate(side) for side in sets))
+    def table(self) -> NDArray[np.float64]:
+        """The features so far (N, D); (0, 0) where no window was filled."""
+        return np.concatenate(self._found) if self._found else np.empty((0, 0))
 
 
 # --- tables ----------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ without what was missed; see `kpmask.metrics.keypoints` and `.identity`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final, Literal, get_args
 
 PictureMetricName = Literal[
@@ -42,7 +43,9 @@ def _with_estimators(kinds: tuple[str, ...], estimators: tuple[str, ...]) -> tup
 PICTURE_METRICS: Final[tuple[str, ...]] = get_args(PictureMetricName)
 KEYPOINT_METRICS: Final = _with_estimators(get_args(PointsKind), get_args(PointsName))
 IDENTITY_METRICS: Final = _with_estimators(get_args(IdentityKind), get_args(EmbeddingName))
+SET_METRICS: Final[tuple[str, ...]] = ("frechet_sface",)  # one value for a whole set of videos
 METRICS: Final = (*PICTURE_METRICS, *KEYPOINT_METRICS, *IDENTITY_METRICS)
+_ESTIMATORS: Final[tuple[str, ...]] = (*get_args(PointsName), *get_args(EmbeddingName))
 
 
 def known_metric(name: str) -> str:
@@ -54,3 +57,27 @@ def known_metric(name: str) -> str:
     if name not in METRICS:
         raise ValueError(f"no metric {name!r}; there are: {', '.join(METRICS)}")
     return name
+
+
+def estimator_of(name: str) -> str:
+    """The estimator behind a metric; empty where there is none."""
+    plain = name.removesuffix("_found")
+    return next((e for e in _ESTIMATORS if plain.endswith(f"_{e}")), "")
+
+
+def coverage_of(name: str) -> str:
+    """The metric whose mean is the share of frames in which a metric's estimator found something.
+
+    Empty for that metric itself, and where every frame can be scored.
+    """
+    estimator = estimator_of(name)
+    if not estimator or name.startswith("coverage"):
+        return ""
+    kind = "coverage_source" if name.startswith("csim_source_") else "coverage"
+    return f"{kind}_{estimator}"
+
+
+def with_coverage(names: Sequence[str]) -> tuple[str, ...]:
+    """The names, each once, and behind them the coverages that they are to be read with."""
+    covers = [cover for name in names if (cover := coverage_of(name))]
+    return tuple(dict.fromkeys([*names, *covers]))

@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kpmask.metric_names import IDENTITY_METRICS, KEYPOINT_METRICS
+from kpmask.errors import ConfigError
+from kpmask.metric_names import IDENTITY_METRICS, KEYPOINT_METRICS, SET_METRICS, with_coverage
 
 
 class Described(Protocol):
@@ -79,13 +80,13 @@ class SetMetric(Described, Protocol):
 
     Attributes:
         frames_per_window: its features are of so many consecutive frames, 1 for single frames.
-        min_windows: of fewer than so many in all there is no value.
+        min_videos: of fewer videos than so many there is no value.
     """
 
     @property
     def frames_per_window(self) -> int: ...
     @property
-    def min_windows(self) -> int: ...
+    def min_videos(self) -> int: ...
 
     def features(self, frames_NTCHW: Tensor) -> NDArray[np.float64]:
         """Features (N, D) of N windows.
@@ -95,16 +96,22 @@ class SetMetric(Described, Protocol):
         """
         ...
 
-    def score(self, generated_ND: NDArray[np.float64], reference_ND: NDArray[np.float64]) -> float:
-        """The value of a set, from the features of all its windows, at least `min_windows`."""
+    def score(
+        self, generated: Iterable[NDArray[np.float64]], reference: Iterable[NDArray[np.float64]]
+    ) -> float:
+        """The value of a set, from the features (ND) of each of its videos.
+
+        Both are gone through once and a table at a time: all of them may not fit into memory.
+        """
         ...
 
 
 def build_metrics(names: Sequence[str]) -> list[Metric]:
-    """The metrics of these names, in their order, each once.
+    """The metrics of these names, in their order, each once, and those of their coverages.
 
     Raises:
         ConfigError: an estimator's weights are not here; the hint is the command that gets them.
+            Or a metric is one of a whole set, which has no value for a frame.
         CheckpointError: they are other weights.
     """
     from kpmask.metrics.identity import identity_metric
@@ -126,4 +133,23 @@ def build_metrics(names: Sequence[str]) -> list[Metric]:
         **{name: partial(keypoint_metric, name) for name in KEYPOINT_METRICS},
         **{name: partial(identity_metric, name) for name in IDENTITY_METRICS},
     }
-    return [makers[name]() for name in dict.fromkeys(names)]
+    of_sets = [name for name in names if name in SET_METRICS]
+    if of_sets:
+        raise ConfigError(
+            f"{', '.join(of_sets)}: of a whole set of videos, and no frame's",
+            subject="metrics",
+            hint="kpmask evaluate has metrics of sets",
+        )
+    return [makers[name]() for name in with_coverage(names)]
+
+
+def build_set_metrics(names: Sequence[str]) -> list[SetMetric]:
+    """The metrics of whole sets among these names, in their order, each once.
+
+    Raises:
+        ConfigError, CheckpointError: as `build_metrics`.
+    """
+    from kpmask.metrics.frechet import FrechetSFace
+
+    makers: dict[str, Callable[[], SetMetric]] = {"frechet_sface": FrechetSFace.load}
+    return [makers[name]() for name in dict.fromkeys(names) if name in SET_METRICS]

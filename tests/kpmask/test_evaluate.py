@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,16 +13,14 @@ from torch import Tensor
 
 from kpmask.animate import to_frames
 from kpmask.config import MetricName, ScoreProtocol
-from kpmask.errors import ConfigError
 from kpmask.evaluate import (
+    WindowFeatures,
     metric_info,
     paired_scores,
     quantised,
-    score_set,
     score_video,
     summarise,
     video_scores,
-    window_features,
 )
 from kpmask.metrics import build_metrics
 from kpmask.metrics.pixel import L1
@@ -198,7 +196,7 @@ class MeanGap:
     """A metric of a set: how far the windows' mean brightnesses are apart."""
 
     frames_per_window: int = 3
-    min_windows: int = 4
+    min_videos: int = 2
     name: str = "mean_gap"
     version: str = "1"
     weights_sha256: str | None = None
@@ -209,25 +207,23 @@ class MeanGap:
         assert frames_NTCHW.shape[1] == self.frames_per_window
         return frames_NTCHW.double().mean((2, 3, 4)).numpy()
 
-    def score(self, generated_ND: NDArray[np.float64], reference_ND: NDArray[np.float64]) -> float:
-        return float(np.abs(generated_ND.mean(0) - reference_ND.mean(0)).sum())
+    def score(
+        self, generated: Iterable[NDArray[np.float64]], reference: Iterable[NDArray[np.float64]]
+    ) -> float:
+        means = [np.concatenate(list(side)).mean(0) for side in (generated, reference)]
+        return float(np.abs(means[0] - means[1]).sum())
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
 def test_windows_follow_one_another_whatever_the_chunks(size: int) -> None:
     frames = numbered(8)
-    features = window_features(MeanGap(), (frames[i : i + size] for i in range(0, 8, size)))
-    assert features.tolist() == [[0, 1, 2], [3, 4, 5]]
-    assert window_features(MeanGap(), [frames[:2]]).shape == (0, 0)
-
-
-def test_a_set_that_is_too_small_has_no_score() -> None:
-    metric = MeanGap()
-    two = window_features(metric, [numbered(6)])
-    short = window_features(metric, [numbered(2)])
-    assert score_set(metric, [two, two], [two + 1, short, two + 3]) == pytest.approx(6)
-    with pytest.raises(ConfigError, match="2 windows of 3 frames are too few: it takes 4"):
-        score_set(metric, [two, two], [two, short])
+    windows = WindowFeatures(MeanGap())
+    for start in range(0, 8, size):
+        windows.add(frames[start : start + size])
+    assert windows.table().tolist() == [[0, 1, 2], [3, 4, 5]]
+    short = WindowFeatures(MeanGap())
+    short.add(frames[:2])
+    assert short.table().shape == (0, 0)
 
 
 # --- tables ----------------------------------------------------------------------------------
