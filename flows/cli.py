@@ -16,6 +16,7 @@ from flows import console
 from flows.changes import change_line
 from flows.dataset_cli import app as dataset_app
 from flows.options import AsJson, DryRun, JobFile, Out, Overrides, Preset, say_plan
+from flows.study_cli import app as study_app
 from flows.weights_cli import app as weights_app
 from kpmask import config
 from kpmask.errors import ConfigError
@@ -54,6 +55,7 @@ checkpoint_app = typer.Typer(no_args_is_help=True, help="Look at weights, or imp
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(dataset_app, name="dataset")
 app.add_typer(weights_app, name="weights")
+app.add_typer(study_app, name="study")
 
 
 def _workers(count: int | None) -> dict[str, Any] | None:

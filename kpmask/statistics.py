@@ -61,6 +61,28 @@ def mean_interval(
     )
 
 
+def two_way_interval(values_PV: Values, *, seed: int = 0) -> tuple[float, float]:
+    """The 95 % interval of the mean of a table whose rows and columns were both drawn from more.
+
+    Participants (rows) and videos (columns) are drawn with replacement, each by themselves, and
+    every cell of a drawn row and a drawn column counts (the pigeonhole bootstrap of Owen 2007). It
+    rather errs on the wide side.
+
+    Args:
+        values_PV: one or more rows and columns, none of its cells missing.
+    """
+    num_participants, num_videos = values_PV.shape
+    random = np.random.default_rng(seed)
+
+    def times_drawn(count: int) -> Values:
+        return random.multinomial(count, np.full(count, 1 / count), NUM_RESAMPLES) / count
+
+    shares_RP, shares_RV = times_drawn(num_participants), times_drawn(num_videos)
+    means = np.einsum("rv,rv->r", shares_RP @ values_PV, shares_RV)
+    low, high = np.percentile(means, INTERVAL)
+    return float(low), float(high)
+
+
 # --- one system against another, on the same videos ------------------------------------------
 
 
