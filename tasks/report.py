@@ -29,6 +29,7 @@ from kpmask.records import (
     ScoreSummary,
     ScoreTable,
     StepMetrics,
+    ValidationScore,
     VideoScore,
 )
 from kpmask.report import DatasetSummary, dataset_page, preview_key
@@ -96,7 +97,8 @@ def _run(store: ObjectStore) -> str:
     done = store.exists(train_folder.MANIFEST)
     manifest = RunManifest(**read_json(store, train_folder.MANIFEST)) if done else None
     metrics = read_table_if_any(store, train_folder.METRICS, StepMetrics) or []
-    return train_folder.page(store, manifest, metrics)
+    scores = read_table_if_any(store, train_folder.VALIDATION, ValidationScore) or []
+    return train_folder.page(store, manifest, metrics, scores)
 
 
 def _scores(store: ObjectStore) -> str:

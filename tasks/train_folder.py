@@ -18,13 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any, Final
 
 from kpmask.config import TrainJob, to_toml
 from kpmask.data.dataset import Dataset
 from kpmask.errors import ConfigError, DatasetError
-from kpmask.records import ClipRecord, RunManifest, StepMetrics, digest
-from kpmask.report import run_page
+from kpmask.records import ClipRecord, RunManifest, StepMetrics, ValidationScore, digest
+from kpmask.report import KeptWeights, run_page
 from tasks.dataset import open_identified_dataset
 from tasks.manifest import read_json, write_json
 from tasks.storage import ObjectStore, absolute, open_store
@@ -34,6 +35,7 @@ CONFIG: Final = "config.toml"
 METRICS: Final = "metrics.parquet"
 VALIDATION: Final = "validation.parquet"
 EVENTS: Final = "tensorboard"
+CHECKPOINTS: Final = "checkpoints"  # where tasks.checkpoints puts them
 CURVE: Final = "loss.svg"
 SAMPLES: Final = "samples"
 FAILED: Final = "failed"
@@ -181,7 +183,7 @@ class RunFolder:
         single = [MANIFEST, RUN, CONFIG, METRICS, VALIDATION, CURVE, WEIGHTS, PAGE]
         folders = [
             info.key
-            for prefix in ("checkpoints", SAMPLES, PHASES, EVENTS, FAILED)
+            for prefix in (CHECKPOINTS, SAMPLES, PHASES, EVENTS, FAILED)
             for info in self.store.list(f"{prefix}/")
         ]
         for key in [*single, *folders]:
@@ -192,22 +194,47 @@ def page(
     store: ObjectStore,
     manifest: RunManifest | None,
     metrics: Sequence[StepMetrics],
+    validation: Sequence[ValidationScore],
     *,
-    curve_svg: str | None = None,
-    validation_svg: str = "",
+    home: str | None = None,
 ) -> str:
-    """The page of a run, finished or not, from what is in its folder and its metrics so far."""
+    """The page of a run, finished or not, from what is in its folder and its tables so far."""
     samples = [info.key for info in store.list(f"{SAMPLES}/")]
+    stops = [info.key for info in store.list(f"{FAILED}/") if info.key.endswith(".png")]
     phases = list(dict.fromkeys(row.phase for row in metrics))
+
+    def course(key: str) -> tuple[int, str]:
+        return _place(_phase_of(key), phases), key
+
     return run_page(
         title=f"Training run {read_json(store, RUN)['run_id']}",
         manifest=manifest,
         settings_toml=store.get(CONFIG).decode(),
         metrics=metrics,
-        curve_svg=curve_svg,
-        validation_svg=validation_svg,
-        samples=sorted(samples, key=lambda key: (_place(_phase_of(key), phases), key)),
+        validation=validation,
+        samples=sorted(samples, key=course),
+        weights=_kept_weights(store),
+        stops=sorted(stops, key=course),
+        home=home,
     )
+
+
+def _kept_weights(store: ObjectStore) -> list[KeptWeights]:
+    """Phases' weights, checkpoints that are whole, and the result."""
+    kept = [
+        KeptWeights(info.key, f"after phase {PurePosixPath(info.key).stem}", info.size_bytes)
+        for info in store.list(f"{PHASES}/")
+    ]
+    sizes = {info.key: info.size_bytes for info in store.list(f"{CHECKPOINTS}/")}
+    for key, size_bytes in sizes.items():
+        folder, _, name = key.rpartition("/")
+        if name == "model.safetensors" and f"{folder}/checkpoint.json" in sizes:
+            phase, _, step = folder.rpartition("/")[2].rpartition("-step-")
+            what = f"checkpoint to go on from: {phase}, step {int(step)}"
+            kept.append(KeptWeights(key, what, size_bytes))
+    if store.exists(WEIGHTS):
+        kept.append(KeptWeights(WEIGHTS, "the result", store.info(WEIGHTS).size_bytes))
+    return kept
 
 
 def _place(phase: str, phases: Sequence[str]) -> int:

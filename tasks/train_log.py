@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from kpmask.config import TrainJob
 from kpmask.errors import ConfigError
 from kpmask.records import RunManifest, StepMetrics, ValidationScore
-from kpmask.report import loss_curve_svg, validation_curve_svg
+from kpmask.report import loss_curve_svg
 from kpmask.train import PhasePlan
 from tasks import train_folder
 from tasks.checkpoints import TrainingCheckpoint
@@ -76,12 +76,8 @@ class RunLog:
             )
         if self._events is not None:
             self._events.publish(store)
-        losses = loss_curve_svg(self.metrics)
-        scores = validation_curve_svg(self.metrics, self.validation)
-        store.put(train_folder.CURVE, losses.encode())
-        page = train_folder.page(
-            store, manifest, self.metrics, curve_svg=losses, validation_svg=scores
-        )
+        store.put(train_folder.CURVE, loss_curve_svg(self.metrics).encode())
+        page = train_folder.page(store, manifest, self.metrics, self.validation)
         store.put(train_folder.PAGE, page.encode())
 
     def close(self) -> None:

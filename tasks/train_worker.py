@@ -389,6 +389,9 @@ class _PhaseRun:
         except StorageError as gone:
             log.error("the batch of the failed step could not be kept: %s", gone)
             return error
+        if self.first:
+            # So that the page shows where the run stopped; a restore cuts the tables back.
+            self.run.outbox.send("the page", self.run.log.write)
         return RunFailed(
             f"{error.cause}; its batch is kept in {key}.safetensors and .png",
             subject=error.subject,

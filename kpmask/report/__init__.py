@@ -10,14 +10,14 @@
     dataset_page     contact sheet that plays, histograms, identities, failures, search
     DatasetSummary   what it needs, gathered from records that come one by one
     preview_strip    the picture of a clip on it; contact_sheet: of many clips in one
-    run_page         loss curve, phases, samples, settings
+    run_page         curves to read off, samples over time, phases, weights, settings
     gallery_page     thousands of animations: search, order, groups, each beside its inputs
     poster           the still picture of one
     evaluation_page  methods x metrics, plots, scores of each video
     comparison_page  systems x metrics, margins, ablations, curves, strips
     demo_page        the four parts on one front page
-    loss_curve_svg   the curve of `run_page`
-    validation_curve_svg   its scores on test clips
+    KeptWeights      a file on it
+    loss_curve_svg   its losses as one picture
     picture_uri      an image array as a small `data:` URI
 """
 
@@ -36,7 +36,7 @@ from kpmask.report.previews import (
     preview_key,
     preview_strip,
 )
-from kpmask.report.run import loss_curve_svg, run_page, validation_curve_svg
+from kpmask.report.run import KeptWeights, loss_curve_svg, run_page
 
 __all__ = [
     "PREVIEW_FRAMES",
@@ -44,6 +44,7 @@ __all__ = [
     "Curve",
     "DatasetSummary",
     "GalleryMedia",
+    "KeptWeights",
     "Link",
     "Strip",
     "comparison_curves_svg",
@@ -62,5 +63,4 @@ __all__ = [
     "preview_strip",
     "relative_url",
     "run_page",
-    "validation_curve_svg",
 ]

@@ -1,28 +1,72 @@
-"""The page of a training run: loss and metric curves, phases, samples, settings."""
+"""The page of a training run: curves that can be read off, samples over time, what is kept."""
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
+import re
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from markupsafe import Markup
 
 from kpmask.records import RunManifest, StepMetrics, ValidationScore
-from kpmask.report.page import Tile, figure, num, render
+from kpmask.report.curves import (
+    Line,
+    Panel,
+    colours,
+    panel_data,
+    panel_svg,
+    panels_svg,
+    rows_of,
+)
+from kpmask.report.page import Tile, figure, num, num_bytes, relative_url, render
 
-MAX_SAMPLES: Final = 24
-MAX_MARKERS: Final = 40
+MAX_SAMPLES: Final = 120
+MAX_STOPS: Final = 4
+INK: Final = "#010203"  # stands for the page's text colour until a drawing is done
 METRIC_TITLES: Final = {
-    "l1": "L1 on test clips",
-    "l1_moving": "L1 on moving pixels",
+    "l1": "L1 on test clips (lower is better)",
+    "l1_moving": "L1 on moving pixels (lower is better)",
     "ssim": "SSIM on test clips (higher is better)",
 }
+_STEP = re.compile(r"(?:.*/)?(?P<phase>.*)-step-(?P<step>\d+)(?:-worker-\d+)?\.\w+")
+
+
+@dataclass(frozen=True, slots=True)
+class KeptWeights:
+    """A weights file of a run: its path relative to the page, and what it is of."""
+
+    path: str
+    what: str
+    size_bytes: int
+
+    @property
+    def size(self) -> str:
+        return num_bytes(self.size_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """A panel as it goes into a page."""
+
+    panel: Panel
+    svg: Markup
+    keys: Sequence[tuple[str, str, str]]  # label, colour, kind
+    rows: Sequence[tuple[str, Sequence[str]]]
+    data: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, panel: Panel) -> Chart:
+        keys = [
+            (line.label, colour, line.kind)
+            for line, colour in zip(panel.lines, colours(panel), strict=True)
+        ]
+        svg = Markup(panel_svg(panel))  # noqa: S704 - it escapes its texts
+        return cls(panel, svg, keys, rows_of(panel), panel_data(panel))
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +78,30 @@ class _PhaseRow:
     terms: Sequence[tuple[str, float]]
 
 
+@dataclass(frozen=True, slots=True)
+class _Picture:
+    """A picture of a step; `passed`: the training is beyond it."""
+
+    path: str
+    phase: str
+    step: int | None
+    passed: bool = True
+
+    @property
+    def label(self) -> str:
+        return self.phase if self.step is None else f"{self.phase}, step {num(self.step)}"
+
+
 def run_page(
     *,
     title: str,
     manifest: RunManifest | None,
     settings_toml: str,
     metrics: Sequence[StepMetrics],
-    curve_svg: str | None = None,
-    validation_svg: str = "",
+    validation: Sequence[ValidationScore] = (),
     samples: Sequence[str] = (),
+    weights: Sequence[KeptWeights] = (),
+    stops: Sequence[str] = (),
     home: str | None = None,
 ) -> str:
     """The page of a training run, finished or (manifest None) going on.
@@ -50,34 +109,50 @@ def run_page(
     Args:
         settings_toml: the job as it was resolved.
         metrics: every logged step, in order.
-        curve_svg: what `loss_curve_svg` gave, which goes into the page as it is; None: made here.
-        validation_svg: what `validation_curve_svg` gave.
-        samples: sample strips, oldest first: relative paths or `data:` URIs.
+        validation: scores on test clips, in order.
+        samples: sample strips named `<phase>-step-<number>.<suffix>`, oldest first: relative
+            paths or `data:` URIs. At most `MAX_SAMPLES` are in the page, evenly drawn, and only
+            those that are looked at are loaded.
+        weights: what is kept, oldest first.
+        stops: pictures of batches whose loss was not finite, named like samples.
         home: link of an overview page.
     """
-    curve = loss_curve_svg(metrics) if curve_svg is None else curve_svg
     rows = _phase_rows(metrics)
-    tiles = [Tile(num(sum(row.last.step for row in rows)), "steps")]
-    if rows:
-        tiles.append(Tile(figure(rows[-1].last.loss), "last loss"))
-        tiles.append(Tile(figure(rows[-1].samples_per_s), "samples a second"))
-        tiles.append(Tile(f"{rows[-1].last.learning_rate:.1e}", "learning rate"))
-    if manifest is not None:
-        tiles.append(Tile(manifest.system, "system"))
+    shown = [_picture(path) for path in _spread(samples, MAX_SAMPLES)]
+    stopped = [_picture(path, rows) for path in stops]
     return render(
         "run.html",
         title=title,
         kind="training run",
         home=home,
+        own="run",
         manifest=manifest,
-        tiles=tiles,
-        curve=Markup(curve),  # noqa: S704 - made by loss_curve_svg
-        validation=Markup(validation_svg),  # noqa: S704 - made by validation_curve_svg
+        tiles=_tiles(manifest, rows, stopped),
+        losses=[Chart.of(panel) for panel in _loss_panels(metrics)],
+        scores=[Chart.of(panel) for panel in _score_panels(metrics, validation)],
+        course=[Chart.of(panel) for panel in _course_panels(metrics)],
         phases=rows,
-        samples=list(reversed(samples))[:MAX_SAMPLES],
-        hidden_samples=max(0, len(samples) - MAX_SAMPLES),
+        samples=shown,
+        strips=[[relative_url(sample.path), sample.label] for sample in shown],
+        num_samples=len(samples),
+        stops=stopped[-MAX_STOPS:],
+        stopped=manifest is None and any(not stop.passed for stop in stopped),
+        weights=weights,
         settings_toml=settings_toml,
     )
+
+
+def loss_curve_svg(metrics: Sequence[StepMetrics]) -> str:
+    """The loss over steps as an SVG element, a panel for each phase; empty without metrics.
+
+    The total is drawn strong, its terms thin, on a logarithmic scale. Text takes the colour of
+    whatever page the drawing is put into.
+    """
+    panels = _loss_panels(metrics)
+    return panels_svg(panels, label=f"Loss over steps, {len(panels)} phases")
+
+
+# --- panels ----------------------------------------------------------------------------------
 
 
 def _by_phase(metrics: Sequence[StepMetrics]) -> dict[str, list[StepMetrics]]:
@@ -85,6 +160,70 @@ def _by_phase(metrics: Sequence[StepMetrics]) -> dict[str, list[StepMetrics]]:
     for step in metrics:
         groups[step.phase].append(step)
     return groups
+
+
+def _starts(metrics: Sequence[StepMetrics]) -> dict[str, int]:
+    """How many steps of the run lie before each phase."""
+    lengths = {phase: steps[-1].step for phase, steps in _by_phase(metrics).items()}
+    return dict(zip(lengths, itertools.accumulate(lengths.values(), initial=0), strict=False))
+
+
+def _loss_panels(metrics: Sequence[StepMetrics]) -> list[Panel]:
+    panels = []
+    for phase, steps in _by_phase(metrics).items():
+        terms = [dict(zip(step.term_names, step.term_values, strict=True)) for step in steps]
+        lines = [Line("total", [step.loss for step in steps])]
+        for name in dict.fromkeys(name for term in terms for name in term):
+            values = [term.get(name, math.nan) for term in terms]
+            if any(value != 0 for value in values):
+                lines.append(Line(name, values, "term"))
+        panels.append(Panel(phase, [step.step for step in steps], lines, log=True))
+    return panels
+
+
+def _score_panels(metrics: Sequence[StepMetrics], scores: Sequence[ValidationScore]) -> list[Panel]:
+    """A panel a metric. Steps count on from phase to phase."""
+    starts = _starts(metrics)
+    panels = []
+    for name, title in METRIC_TITLES.items():
+        values = {
+            kind: {
+                starts.get(s.phase, 0) + s.step: s.value
+                for s in scores
+                if s.metric == f"{kind}{name}"
+            }
+            for kind in ("", "copy_")
+        }
+        steps = sorted({*values[""], *values["copy_"]})
+        if steps:
+            lines = [Line("model", [values[""].get(step, math.nan) for step in steps])]
+            if values["copy_"]:
+                copies = [values["copy_"].get(step, math.nan) for step in steps]
+                lines.append(Line("copy of the source", copies, "base"))
+            panels.append(Panel(title, steps, lines, marks=_marks(starts)))
+    return panels
+
+
+def _course_panels(metrics: Sequence[StepMetrics]) -> list[Panel]:
+    """Speed and learning rate over the whole run."""
+    if not metrics:
+        return []
+    starts = _starts(metrics)
+    steps = [starts[step.phase] + step.step for step in metrics]
+    speed = Line("samples a second", [step.samples_per_s for step in metrics])
+    rate = Line("learning rate", [step.learning_rate for step in metrics])
+    marks = _marks(starts)
+    return [
+        Panel("Samples a second", steps, [speed], marks=marks),
+        Panel("Learning rate", steps, [rate], log=True, marks=marks),
+    ]
+
+
+def _marks(starts: Mapping[str, int]) -> list[tuple[int, str]]:
+    return [(step, phase) for phase, step in starts.items() if step > 0]
+
+
+# --- rows ------------------------------------------------------------------------------------
 
 
 def _phase_rows(metrics: Sequence[StepMetrics]) -> list[_PhaseRow]:
@@ -97,113 +236,35 @@ def _phase_rows(metrics: Sequence[StepMetrics]) -> list[_PhaseRow]:
     return rows
 
 
-INK: Final = "#010203"  # stands for the page's text colour until the drawing is done
+def _tiles(
+    manifest: RunManifest | None, rows: Sequence[_PhaseRow], stops: Sequence[_Picture]
+) -> list[Tile]:
+    tiles = [Tile(num(sum(row.last.step for row in rows)), "steps")]
+    if rows:
+        tiles.append(Tile(figure(rows[-1].last.loss), "last loss"))
+        tiles.append(Tile(figure(rows[-1].samples_per_s), "samples a second"))
+        tiles.append(Tile(f"{rows[-1].last.learning_rate:.1e}", "learning rate"))
+    if manifest is not None:
+        tiles.append(Tile(manifest.system, "system"))
+    elif any(not stop.passed for stop in stops):
+        tiles.append(Tile("stopped", "loss not finite", bad=True))
+    return tiles
 
 
-def loss_curve_svg(metrics: Sequence[StepMetrics]) -> str:
-    """The loss over steps as an SVG element, a panel for each phase; empty without metrics.
-
-    The total is drawn strong, its terms thin, on a logarithmic scale. Text takes the colour of
-    whatever page the drawing is put into.
-    """
-    phases = _by_phase(metrics)
-    if not phases:
-        return ""
-
-    def draw(axes: Sequence[Any]) -> None:
-        for axis, (phase, steps) in zip(axes, phases.items(), strict=True):
-            _draw_losses(axis, phase, steps)
-
-    return _drawn(draw, len(phases), f"Loss over steps, {len(phases)} phases")
+def _picture(path: str, rows: Iterable[_PhaseRow] = ()) -> _Picture:
+    found = None if path.startswith("data:") else _STEP.fullmatch(path)
+    if found is None:
+        return _Picture(path, "sample", None)
+    phase, step = found["phase"], int(found["step"])
+    trained = list(rows)
+    passed = any(row.phase == phase and row.last.step > step for row in trained)
+    # A later phase only begins when this one is over.
+    passed = passed or any(row.phase == phase for row in trained[:-1])
+    return _Picture(path, phase, step, passed)
 
 
-def validation_curve_svg(metrics: Sequence[StepMetrics], scores: Sequence[ValidationScore]) -> str:
-    """Scores on test clips over steps as an SVG element, a panel a metric; empty without scores.
-
-    Steps count on from phase to phase. The scores of a copy of the source are drawn dashed.
-    """
-    lengths = {phase: steps[-1].step for phase, steps in _by_phase(metrics).items()}
-    starts = dict(zip(lengths, itertools.accumulate(lengths.values(), initial=0), strict=False))
-    names = [n for n in METRIC_TITLES if any(score.metric == n for score in scores)]
-    if not names:
-        return ""
-
-    def draw(axes: Sequence[Any]) -> None:
-        for axis, name in zip(axes, names, strict=True):
-            _draw_scores(axis, name, scores, starts)
-
-    return _drawn(draw, len(names), f"Scores on test clips over steps, {len(names)} metrics")
-
-
-def _drawn(draw: Callable[[Sequence[Any]], None], num_panels: int, label: str) -> str:
-    """An SVG element of panels side by side that `draw` fills."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    settings: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "kpmask",
-        "text.color": INK,
-        "axes.labelcolor": INK,
-        "axes.edgecolor": "#8a8f98",
-        "xtick.color": INK,
-        "ytick.color": INK,
-        "font.size": 10,
-        "text.parse_math": False,
-    }
-    with rc_context(settings):
-        figure = Figure(figsize=(5.2 * num_panels, 3.4), layout="constrained")
-        draw(figure.subplots(1, num_panels, squeeze=False)[0])
-        text = io.StringIO()
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    svg = text.getvalue()
-    opening = f'<svg role="img" aria-label="{label}" '
-    return svg[svg.index("<svg ") :].replace("<svg ", opening, 1).replace(INK, "currentColor")
-
-
-def _draw_losses(axis: Any, phase: str, steps: Sequence[StepMetrics]) -> None:  # noqa: ANN401
-    from matplotlib.ticker import LogFormatter
-
-    stride = max(1, len(steps) // 1500)
-    shown = [*steps[:-1:stride], steps[-1]]
-    at = [step.step for step in shown]
-    for index, name in enumerate(shown[-1].term_names):
-        values = [
-            dict(zip(step.term_names, step.term_values, strict=True)).get(name, math.nan)
-            for step in shown
-        ]
-        if any(value > 0 for value in values):
-            colour = ("#c8711c", "#8a5bb5", "#3f8f4f", "#c04a6a", "#7a7f87")[index % 5]
-            axis.plot(at, values, linewidth=1, alpha=0.75, color=colour, label=f" {name}")
-    axis.plot(at, [s.loss for s in shown], linewidth=2.2, color="#0e8f9b", label=" total")
-    if all(step.loss > 0 for step in shown):
-        axis.set_yscale("log")
-        # The usual labels are mathematics, which SVG text cannot show.
-        axis.yaxis.set_major_formatter(LogFormatter())
-        axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
-    _finish(axis, title=phase, y_label="loss")
-
-
-def _draw_scores(
-    axis: Any,  # noqa: ANN401 - matplotlib's
-    name: str,
-    scores: Sequence[ValidationScore],
-    starts: Mapping[str, int],
-) -> None:
-    lines = (("copy_", "copy of the source", "#8a8f98", "--"), ("", "model", "#0e8f9b", "-"))
-    for prefix, label, colour, dashes in lines:
-        rows = [row for row in scores if row.metric == prefix + name]
-        at = [starts.get(row.phase, 0) + row.step for row in rows]
-        values = [row.value for row in rows]
-        marker = "." if len(rows) <= MAX_MARKERS else ""
-        axis.plot(at, values, dashes, color=colour, linewidth=1.8, marker=marker, label=f" {label}")
-    _finish(axis, title=METRIC_TITLES[name], y_label=name)
-
-
-def _finish(axis: Any, *, title: str, y_label: str) -> None:  # noqa: ANN401 - matplotlib's
-    axis.set_title(title)
-    axis.set_xlabel("step")
-    axis.set_ylabel(y_label)
-    axis.grid(visible=True, which="major", color="#8a8f98", alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8, labelspacing=0.2)
+def _spread(paths: Sequence[str], most: int) -> list[str]:
+    """At most `most` of them, evenly spread, the first and the last among them."""
+    if len(paths) <= most:
+        return list(paths)
+    return [paths[round(i * (len(paths) - 1) / (most - 1))] for i in range(most)]

@@ -32,7 +32,6 @@ from kpmask.records import (
     ScoreSummary,
     ScoreTable,
     StepMetrics,
-    ValidationScore,
     VideoScore,
 )
 from kpmask.report import (
@@ -48,7 +47,6 @@ from kpmask.report import (
     picture_uri,
     relative_url,
     run_page,
-    validation_curve_svg,
 )
 from kpmask.report.page import figure, num
 from tests.support.chromium import Chromium, find_chromium
@@ -491,42 +489,6 @@ def test_the_loss_curve_is_sound_and_the_same_each_time() -> None:
     assert "mathdefault" not in svg
     assert "http" not in "".join(Page(svg).links())
     assert loss_curve_svg([]) == ""
-
-
-def test_the_curves_of_scores_are_sound() -> None:
-    metrics = steps("a") + steps("<b>&")
-    scores = [
-        ValidationScore(phase, step, f"{copy}{metric}", 0.1, 3)
-        for phase in ("a", "<b>&")
-        for step in (100, 300)
-        for copy in ("", "copy_")
-        for metric in ("l1", "ssim", "unknown")
-    ]
-    svg = validation_curve_svg(metrics, scores)
-    assert svg == validation_curve_svg(metrics, scores)
-    texts = {(element.text or "").strip() for element in ET.fromstring(svg).iter()}
-    assert {"L1 on test clips", "copy of the source", "model", "step"} <= texts
-    assert "unknown" not in svg
-    page = Page(
-        run_page(title="x", manifest=None, settings_toml="", metrics=metrics, validation_svg=svg)
-    )
-    assert "Scores on test clips" in page.text
-    assert validation_curve_svg(metrics, []) == ""
-    plain = Page(run_page(title="x", manifest=None, settings_toml="", metrics=metrics))
-    assert "Scores on test clips" not in plain.text
-
-
-def test_the_newest_sample_comes_first() -> None:
-    html = run_page(
-        title="x",
-        manifest=None,
-        settings_toml="",
-        metrics=steps(),
-        samples=[f"samples/{index:06d}.png" for index in range(40)],
-    )
-    shown = [image["src"] for image in Page(html).of("img")]
-    assert shown == [f"samples/{index:06d}.png" for index in range(39, 15, -1)]
-    assert "16 older ones" in Page(html).text
 
 
 # --- a browser -------------------------------------------------------------------------------

@@ -33,10 +33,12 @@ from kpmask.validation import Validation
 from tasks import outbox, train_folder
 from tasks import train as driver
 from tasks.manifest import read_table, write_json, write_table
+from tasks.report import rebuild_page
 from tasks.storage import ObjectStore, open_store
 from tasks.train import plan, train, train_here
 from tasks.train_worker import samplers
 from tests.support.flaky import flaky_proxy
+from tests.support.pages import Page
 from tests.support.weed import Weed
 
 SIDE_PX = 32
@@ -248,6 +250,15 @@ def test_pictures_of_a_run(finished: Path) -> None:
     page = (finished / "index.html").read_text()
     assert "samples/keypoint-mask-step-000008.png" in page
     assert "efficientnet-lite0" in page
+    assert "model.safetensors" in page and "checkpoint to go on from" in page
+
+
+def test_a_page_that_is_made_again_is_the_same(finished: Path) -> None:
+    before = (finished / "index.html").read_text()
+    assert "Scores on test clips" in before
+    rebuild_page(str(finished))
+    again = (finished / "index.html").read_text()
+    assert again == before
 
 
 def test_only_the_two_newest_checkpoints_are_kept(finished: Path) -> None:
@@ -518,6 +529,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(data: str, tmp_path: Path) -> No
         assert strip.size == (2 * 128, 4 * 128)
     assert (tmp_path / "checkpoints").exists()
     assert not (tmp_path / "manifest.json").exists()
+    page = Page((tmp_path / "index.html").read_text())
+    assert f"failed/{picture.name}" in [image["src"] for image in page.of("img")]
+    assert "This run stopped" in page.text and "stopped here" in page.text
 
 
 # --- Ray -------------------------------------------------------------------------------------
