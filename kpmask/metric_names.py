@@ -27,8 +27,11 @@ EmbeddingName = Literal["sface"]
 IdentityKind = Literal[
     "aed_sq", "aed_l2", "csim_truth", "csim_source", "coverage", "coverage_source"
 ]
+MotionKind = Literal["akd_motion"]
 # Of the others `_found` would be the same, or say nothing.
-_WITH_FOUND: Final = frozenset({"akd", "jitter", "aed_sq", "csim_truth", "csim_source"})
+_WITH_FOUND: Final = frozenset(
+    {"akd", "akd_motion", "jitter", "aed_sq", "csim_truth", "csim_source"}
+)
 
 
 def _with_estimators(kinds: tuple[str, ...], estimators: tuple[str, ...]) -> tuple[str, ...]:
@@ -42,9 +45,10 @@ def _with_estimators(kinds: tuple[str, ...], estimators: tuple[str, ...]) -> tup
 
 PICTURE_METRICS: Final[tuple[str, ...]] = get_args(PictureMetricName)
 KEYPOINT_METRICS: Final = _with_estimators(get_args(PointsKind), get_args(PointsName))
+MOTION_METRICS: Final = _with_estimators(get_args(MotionKind), get_args(PointsName))
 IDENTITY_METRICS: Final = _with_estimators(get_args(IdentityKind), get_args(EmbeddingName))
 SET_METRICS: Final[tuple[str, ...]] = ("frechet_sface",)  # one value for a whole set of videos
-METRICS: Final = (*PICTURE_METRICS, *KEYPOINT_METRICS, *IDENTITY_METRICS)
+METRICS: Final = (*PICTURE_METRICS, *KEYPOINT_METRICS, *MOTION_METRICS, *IDENTITY_METRICS)
 _ESTIMATORS: Final[tuple[str, ...]] = (*get_args(PointsName), *get_args(EmbeddingName))
 
 
@@ -63,6 +67,12 @@ def estimator_of(name: str) -> str:
     """The estimator behind a metric; empty where there is none."""
     plain = name.removesuffix("_found")
     return next((e for e in _ESTIMATORS if plain.endswith(f"_{e}")), "")
+
+
+def kind_of(name: str) -> str:
+    """A metric's name without its estimator and without `_found`."""
+    estimator = estimator_of(name)
+    return name.removesuffix("_found").removesuffix(f"_{estimator}") if estimator else name
 
 
 def coverage_of(name: str) -> str:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Partition = Literal["train", "test"]
 Motion = Literal["absolute", "relative"]
-Method = Literal["model", "copy", "codec"]
+Method = Literal["model", "copy", "codec", "driving"]
 Quantise = Literal["none", "truncate", "round"]
 Average = Literal["videos", "frames"]
 Setting = Literal["reconstruction", "cross", "few_shot"]
@@ -405,8 +405,9 @@ class CatalogManifest:
 class VideoScore:
     """One metric of one video. `num_frames` is how many frames it is the mean of.
 
-    `method` is `model` for the frames under test, `copy` for the baseline that repeats frame 0,
-    and `codec` for the true frames after our encoder and a decoder.
+    `method` is `model` for the frames under test, `copy` for the baseline that repeats the source,
+    `codec` for the true frames after our encoder and a decoder, and `driving` for the driving video
+    itself where its motion moves another identity.
     """
 
     clip_id: str

@@ -26,7 +26,12 @@ METRICS: Final[tuple[MetricName, ...]] = ("l1", "l1_moving", "ssim")
 MAX_CLIPS: Final = 8
 MAX_FRAMES: Final = 16  # of a clip, its first one included
 # Before a metric's name.
-NAMES: Final[dict[Method, str]] = {"model": "", "copy": "copy_", "codec": "codec_"}
+NAMES: Final[dict[Method, str]] = {
+    "model": "",
+    "copy": "copy_",
+    "codec": "codec_",
+    "driving": "driving_",
+}
 
 
 class Validation:

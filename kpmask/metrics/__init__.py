@@ -13,14 +13,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from kpmask.errors import ConfigError
-from kpmask.metric_names import IDENTITY_METRICS, KEYPOINT_METRICS, SET_METRICS, with_coverage
+from kpmask.metric_names import (
+    IDENTITY_METRICS,
+    KEYPOINT_METRICS,
+    MOTION_METRICS,
+    SET_METRICS,
+    with_coverage,
+)
+
+FRAME_0: Final = -1  # as `frames_before`: not those just before, but the video's first
 
 
 class Described(Protocol):
@@ -52,7 +60,8 @@ class Metric(Described, Protocol):
     Attributes:
         counts_first: whether frame 0, which is the source itself, is part of the mean whatever
             the protocol says.
-        frames_before: how many frames before a frame its value needs, 0 for a frame by itself.
+        frames_before: how many frames before a frame its value needs, 0 for a frame by itself;
+            `FRAME_0` for the first one of the video, wherever the frame is.
     """
 
     @property
@@ -66,7 +75,8 @@ class Metric(Described, Protocol):
         """One value a frame (T), NaN for a frame that cannot be scored.
 
         Frames are consecutive. The first `frames_before` of them have too few before them and are
-        NaN, so that a long video may be scored in pieces that overlap by so many.
+        NaN, so that a long video may be scored in pieces that overlap by so many. With `FRAME_0`
+        the first one is that of the video.
 
         Args:
             generated_TCHW, reference_TCHW: float RGB in [0, 1], of the same shape.
@@ -116,6 +126,7 @@ def build_metrics(names: Sequence[str]) -> list[Metric]:
     """
     from kpmask.metrics.identity import identity_metric
     from kpmask.metrics.keypoints import keypoint_metric
+    from kpmask.metrics.motion import motion_metric
     from kpmask.metrics.pixel import L1, MovingL1, Psnr
     from kpmask.metrics.ssim import Ssim
     from kpmask.metrics.temporal import Flicker, TemporalError
@@ -131,6 +142,7 @@ def build_metrics(names: Sequence[str]) -> list[Metric]:
         "flicker": Flicker,
         "warping_error": WarpingError,
         **{name: partial(keypoint_metric, name) for name in KEYPOINT_METRICS},
+        **{name: partial(motion_metric, name) for name in MOTION_METRICS},
         **{name: partial(identity_metric, name) for name in IDENTITY_METRICS},
     }
     of_sets = [name for name in names if name in SET_METRICS]

@@ -19,6 +19,7 @@ from kpmask.evaluate import (
     paired_scores,
     quantised,
     score_video,
+    scored_video,
     summarise,
     video_scores,
 )
@@ -224,6 +225,66 @@ def test_windows_follow_one_another_whatever_the_chunks(size: int) -> None:
     short = WindowFeatures(MeanGap())
     short.add(frames[:2])
     assert short.table().shape == (0, 0)
+
+
+def test_features_are_of_every_method_and_of_the_truth() -> None:
+    true = drifting(8)
+    drawn = 0.5 * true
+    for size in (1, 3, 8):
+        scored = scored_video(
+            [(drawn[i : i + size], true[i : i + size]) for i in range(0, 8, size)],
+            [],
+            clip_id="c",
+            name="n",
+            codec=iter(to_frames(0.9 * true)),
+            set_metrics=[MeanGap()],
+        )
+        found = {side: table for (_, side), table in scored.features.items()}
+        means = true.double().mean((1, 2, 3)).numpy()
+        windows = np.stack([means[1:4], means[4:7]])  # frame 0 is left out, and 7 fills no window
+        np.testing.assert_allclose(found["true"], windows, rtol=1e-6)
+        np.testing.assert_allclose(found["model"], windows / 2, rtol=1e-6)
+        np.testing.assert_allclose(found["codec"], 0.9 * windows, atol=1 / 255)
+        np.testing.assert_allclose(found["copy"], np.full((2, 3), means[0]), rtol=1e-6)
+    with_first = scored_video(
+        [(drawn, true)],
+        [],
+        clip_id="c",
+        name="n",
+        protocol=ScoreProtocol(first_frame="in"),
+        set_metrics=[MeanGap()],
+    )
+    table = with_first.features["mean_gap", "true"]
+    np.testing.assert_allclose(table, [means[:3], means[3:6]], rtol=1e-6)
+
+
+# --- curves, and sources that are given ------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_curves_have_every_frame_counted_or_not(size: int) -> None:
+    values = [100.0, 1.0, float("nan"), 3.0, float("nan"), 8.0, 4.0]
+    scored = scored_video(chunks(numbered(7), size), [Listed(values), L1()], clip_id="c", name="n")
+    assert [(row.metric, row.method) for row in scored.frames] == list(
+        zip(scored.scores.metrics, scored.scores.methods, strict=True)
+    )
+    curves = {(row.metric, row.method): row.values for row in scored.frames}
+    np.testing.assert_array_equal(curves["listed", "model"], values)
+    assert curves["l1", "model"] == (0.0,) * 7
+    assert curves["l1", "copy"] == pytest.approx([0, 1, 2, 3, 4, 5, 6])
+
+
+def test_a_source_that_is_given_is_what_the_copy_repeats() -> None:
+    true = drifting(4)
+    source_HWC = to_frames(1 - true[:1])[0]
+    scored = scored_video(
+        chunks(true, 2), [L1()], clip_id="c", name="n", source_HWC=source_HWC, also_driving=True
+    )
+    rows = {row.method: row.value for row in video_scores([scored.scores])}
+    repeated = source_HWC.transpose(2, 0, 1) / 255
+    assert rows["copy"] == pytest.approx(np.abs(true.numpy() - repeated)[1:].mean(), abs=1e-6)
+    assert rows["driving"] == 0
+    assert list(rows) == ["model", "copy", "driving"]
 
 
 # --- tables ----------------------------------------------------------------------------------
