@@ -44,11 +44,18 @@ def _with_estimators(kinds: tuple[str, ...], estimators: tuple[str, ...]) -> tup
 
 
 PICTURE_METRICS: Final[tuple[str, ...]] = get_args(PictureMetricName)
+PERCEPTUAL_METRICS: Final[tuple[str, ...]] = ("lpips_alex",)
 KEYPOINT_METRICS: Final = _with_estimators(get_args(PointsKind), get_args(PointsName))
 MOTION_METRICS: Final = _with_estimators(get_args(MotionKind), get_args(PointsName))
 IDENTITY_METRICS: Final = _with_estimators(get_args(IdentityKind), get_args(EmbeddingName))
 SET_METRICS: Final[tuple[str, ...]] = ("frechet_sface",)  # one value for a whole set of videos
-METRICS: Final = (*PICTURE_METRICS, *KEYPOINT_METRICS, *MOTION_METRICS, *IDENTITY_METRICS)
+METRICS: Final = (
+    *PICTURE_METRICS,
+    *PERCEPTUAL_METRICS,
+    *KEYPOINT_METRICS,
+    *MOTION_METRICS,
+    *IDENTITY_METRICS,
+)
 _ESTIMATORS: Final[tuple[str, ...]] = (*get_args(PointsName), *get_args(EmbeddingName))
 
 

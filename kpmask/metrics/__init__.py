@@ -126,6 +126,7 @@ def build_metrics(names: Sequence[str]) -> list[Metric]:
     """
     from kpmask.metrics.identity import identity_metric
     from kpmask.metrics.keypoints import keypoint_metric
+    from kpmask.metrics.lpips import Lpips
     from kpmask.metrics.motion import motion_metric
     from kpmask.metrics.pixel import L1, MovingL1, Psnr
     from kpmask.metrics.ssim import Ssim
@@ -141,6 +142,7 @@ def build_metrics(names: Sequence[str]) -> list[Metric]:
         "temporal_error": TemporalError,
         "flicker": Flicker,
         "warping_error": WarpingError,
+        "lpips_alex": Lpips.load,
         **{name: partial(keypoint_metric, name) for name in KEYPOINT_METRICS},
         **{name: partial(motion_metric, name) for name in MOTION_METRICS},
         **{name: partial(identity_metric, name) for name in IDENTITY_METRICS},
