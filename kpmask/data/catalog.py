@@ -177,7 +177,7 @@ Read = Iterator[tuple[int, Cells | RowError]]  # by line; what is wrong with one
 
 def _csv_rows(path: Path) -> Read:
     columns: list[str] = []
-    for line, row in _csv_lines(path):
+    for line, row in csv_lines(path):
         if isinstance(row, RowError):
             if not columns:
                 raise ConfigError(f"not a CSV table: {row.cause}", subject=str(path))
@@ -194,8 +194,14 @@ def _csv_rows(path: Path) -> Read:
         raise ConfigError("the catalog is empty", subject=str(path), code="nothing_to_do")
 
 
-def _csv_lines(path: Path) -> Iterator[tuple[int, list[str] | RowError]]:
-    """What is in each row that is not blank, by the number of its last line."""
+def csv_lines(path: Path) -> Iterator[tuple[int, list[str] | RowError]]:
+    """What is in each row that is not blank, by the number of its last line; cells are stripped.
+
+    A row that is too long is a RowError in its place.
+
+    Raises:
+        ConfigError: the file cannot be read, or is not a CSV table.
+    """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             lines = _Lines(file)
