@@ -300,8 +300,14 @@ def gallery(
     manifest: CatalogManifest,
     records: Iterable[AnimationRecord],
     failures: Iterable[Failure],
+    *,
+    home: str | None = None,
 ) -> str:
-    """The page of a finished catalog; it refers to the files beside it."""
+    """The page of a finished catalog; it refers to the files beside it.
+
+    Args:
+        home: link of an overview page.
+    """
     posters = any(True for _ in store.list(f"{POSTERS}/"))
     return gallery_page(
         title="Animations",
@@ -309,6 +315,7 @@ def gallery(
         records=records,
         failures=failures,
         media=functools.partial(item_media, posters=posters),
+        home=home,
     )
 
 

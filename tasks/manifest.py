@@ -13,6 +13,8 @@ import logging
 import re
 import tempfile
 import threading
+import types
+import typing
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -141,6 +143,39 @@ def read_json(store: ObjectStore, key: str) -> Any:  # noqa: ANN401 - any JSON v
         return json.loads(store.get(key))
     except ValueError as error:
         raise DatasetError(f"not JSON: {error}", subject=f"{store.uri}/{key}") from error
+
+
+def read_record(store: ObjectStore, key: str, record_type: type[R]) -> R:
+    """A record that `write_json` wrote, with the records and tuples in it.
+
+    Raises:
+        StorageError: `not_found` and the like.
+        DatasetError: it is not JSON, or not of this record type.
+    """
+    values = read_json(store, key)
+    try:
+        return _record(record_type, values)
+    except (TypeError, AttributeError) as error:
+        cause = f"not a {record_type.__name__}: {error}"
+        raise DatasetError(cause, subject=f"{store.uri}/{key}") from error
+
+
+def _record(record_type: type[R], values: Mapping[str, Any]) -> R:
+    hints = typing.get_type_hints(record_type)
+    return record_type(**{name: _typed(hints.get(name), v) for name, v in values.items()})
+
+
+def _typed(hint: Any, value: Any) -> Any:  # noqa: ANN401 - JSON, and what stands for a type
+    """A JSON value as the type hint wants it: records for objects, tuples for lists."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for kind in kinds:
+        if isinstance(value, list) and typing.get_origin(kind) is tuple:
+            inner = typing.get_args(kind)
+            each = itertools.repeat(inner[0]) if inner[-1] is Ellipsis else inner
+            return tuple(_typed(one, part) for one, part in zip(each, value, strict=False))
+        if isinstance(value, dict) and isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            return _record(kind, value)
+    return value
 
 
 # --- failures --------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The page of a finished job, written again from its manifests.
+"""The page of a finished job, written again from its manifests; of a folder of jobs, all of them.
 
 What is at a URI is told by which manifest it has; each kind has one function that reads its
 tables and returns the page.
@@ -6,76 +6,98 @@ tables and returns the page.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath
-from typing import Any, Final
+from typing import Final
 
 from kpmask.data.dataset import CHANGES, FAILURES, MANIFEST, STATS
-from kpmask.errors import StorageError
+from kpmask.errors import DatasetError, KpmaskError, StorageError
 from kpmask.records import (
     AnimationRecord,
     CatalogManifest,
     ClipRecord,
-    ComparedRow,
-    ComparedRun,
-    ComparedValue,
     Comparison,
     DatasetChanges,
     DatasetManifest,
     Failure,
-    MetricInfo,
-    PairedScore,
     RunManifest,
-    ScoreSummary,
     ScoreTable,
     StepMetrics,
     ValidationScore,
     VideoScore,
 )
-from kpmask.report import DatasetSummary, dataset_page, preview_key
+from kpmask.report import DatasetSummary, JobKind, dataset_page, overview_page, preview_key
 from kpmask.report.previews import PREVIEWS
-from tasks import train_folder
+from kpmask.report.study import scores_page as study_scores_page
+from kpmask.report.study import study_page
+from kpmask.study import StudyScores, read_study
+from tasks import study, train_folder
 from tasks.animate import gallery
+from tasks.compare import COMPARISON
 from tasks.compare import page as compared_page
-from tasks.evaluate import scores_page
+from tasks.evaluate import SCORES, scores_page
 from tasks.manifest import (
     iter_table,
     iter_table_if_any,
-    read_json,
+    read_record,
     read_table,
     read_table_if_any,
 )
+from tasks.overview import OVERVIEW, SUMMARY, describe, find_jobs, kind_here, page_key
 from tasks.storage import ObjectStore, open_store
 
-PAGE: Final = "index.html"
-SUMMARY: Final = "summary.json"
-COMPARISON: Final = "comparison.json"
+log = logging.getLogger(__name__)
 
 
 def rebuild_page(uri: str) -> str:
-    """Write `index.html` of what a job made again; returns its URI.
+    """Write the page of what a job made again; returns its URI.
+
+    Of a folder that holds several jobs, write each one's page, and `overview.html` over them.
 
     Raises:
         StorageError: `not_found`: nothing that kpmask made is there.
     """
     store = open_store(uri)
-    for marker, page in PAGES.items():
-        if store.exists(marker):
-            store.put(PAGE, page(store).encode())
-            return f"{store.uri.rstrip('/')}/{PAGE}"
-    raise StorageError(
-        "no dataset, run, catalog, evaluation or comparison is here",
-        subject=uri,
-        code="not_found",
-        hint="give what a job got as --out",
-    )
+    here = store.uri.rstrip("/")
+    kind = kind_here(store)
+    if kind is not None:
+        _rebuild(store, kind, None)
+        return f"{here}/{page_key(kind)}"
+    if not _overview(store):
+        raise StorageError(
+            "no dataset, run, catalog, evaluation, comparison or study is here",
+            subject=uri,
+            code="not_found",
+            hint="give what a job got as --out, or a folder of such",
+        )
+    return f"{here}/{OVERVIEW}"
+
+
+def _rebuild(store: ObjectStore, kind: JobKind, home: str | None) -> None:
+    store.put(page_key(kind), PAGES[kind](store, home).encode())
+
+
+def _overview(store: ObjectStore) -> bool:
+    """Write every job's page and the one over them; whether there is any job."""
+    for place in find_jobs(store):
+        home = "../" * page_key(place.kind).count("/") + "../" * (place.folder.count("/") + 1)
+        try:
+            _rebuild(store.child(place.folder), place.kind, home + OVERVIEW)
+        except KpmaskError as error:  # one that is damaged or not finished keeps what it has
+            log.warning("the page of %s stays as it is: %s", place.folder, error)
+    jobs = describe(store, find_jobs(store))
+    if jobs:
+        title = PurePosixPath(store.uri).name
+        store.put(OVERVIEW, overview_page(title=title, jobs=jobs).encode())
+    return bool(jobs)
 
 
 def _failures(store: ObjectStore) -> list[Failure]:
     return read_table_if_any(store, FAILURES, Failure) or []
 
 
-def _dataset(store: ObjectStore) -> str:
+def _dataset(store: ObjectStore, home: str | None) -> str:
     summary = DatasetSummary()
     for clip in iter_table(store, MANIFEST, ClipRecord):
         summary.add(clip)
@@ -86,61 +108,57 @@ def _dataset(store: ObjectStore) -> str:
     changes = store.exists(CHANGES)
     return dataset_page(
         title=PurePosixPath(store.uri).name,
-        manifest=DatasetManifest(**read_json(store, STATS)),
+        manifest=read_record(store, STATS, DatasetManifest),
         summary=summary,
-        changes=DatasetChanges(**read_json(store, CHANGES)) if changes else None,
+        changes=read_record(store, CHANGES, DatasetChanges) if changes else None,
         previews={clip_id: key for clip_id, key in previews.items() if key in there},
+        home=home,
     )
 
 
-def _run(store: ObjectStore) -> str:
+def _run(store: ObjectStore, home: str | None) -> str:
     done = store.exists(train_folder.MANIFEST)
-    manifest = RunManifest(**read_json(store, train_folder.MANIFEST)) if done else None
+    manifest = read_record(store, train_folder.MANIFEST, RunManifest) if done else None
     metrics = read_table_if_any(store, train_folder.METRICS, StepMetrics) or []
     scores = read_table_if_any(store, train_folder.VALIDATION, ValidationScore) or []
-    return train_folder.page(store, manifest, metrics, scores)
+    return train_folder.page(store, manifest, metrics, scores, home=home)
 
 
-def _scores(store: ObjectStore) -> str:
-    scores = read_table(store, "scores.parquet", VideoScore)
-    return scores_page(store, _score_table(read_json(store, SUMMARY)), scores, _failures(store))
+def _scores(store: ObjectStore, home: str | None) -> str:
+    scores = read_table(store, SCORES, VideoScore)
+    return scores_page(store, read_record(store, SUMMARY, ScoreTable), scores, _failures(store))
 
 
-def _score_table(values: Mapping[str, Any]) -> ScoreTable:
-    parts = {
-        "metrics": tuple(MetricInfo(**value) for value in values["metrics"]),
-        "summaries": tuple(ScoreSummary(**value) for value in values["summaries"]),
-        "paired": tuple(PairedScore(**value) for value in values.get("paired", ())),
-    }
-    return ScoreTable(**{**values, **parts})
+def _comparison(store: ObjectStore, home: str | None) -> str:
+    return compared_page(store, read_record(store, COMPARISON, Comparison))
 
 
-def _comparison(store: ObjectStore) -> str:
-    values = read_json(store, COMPARISON)
-    rows = (
-        {**row, "values": tuple(ComparedValue(**value) for value in row["values"])}
-        for row in values["rows"]
-    )
-    parts = {
-        "metrics": tuple(MetricInfo(**value) for value in values["metrics"]),
-        "runs": tuple(ComparedRun(**value) for value in values["runs"]),
-        "rows": tuple(ComparedRow(**row) for row in rows),
-        "test_clips": tuple(values["test_clips"]),
-    }
-    return compared_page(store, Comparison(**{**values, **parts}))
-
-
-def _catalog(store: ObjectStore) -> str:
-    manifest = CatalogManifest(**read_json(store, SUMMARY))
+def _catalog(store: ObjectStore, home: str | None) -> str:
+    manifest = read_record(store, SUMMARY, CatalogManifest)
     records = iter_table(store, MANIFEST, AnimationRecord)
-    return gallery(store, manifest, records, iter_table_if_any(store, FAILURES, Failure))
+    failures = iter_table_if_any(store, FAILURES, Failure)
+    return gallery(store, manifest, records, failures, home=home)
 
 
-# By a file that only this kind has; a catalog's come last, since others have such tables too.
-PAGES: Final[Mapping[str, Callable[[ObjectStore], str]]] = {
-    STATS: _dataset,
-    train_folder.RUN: _run,
-    COMPARISON: _comparison,
-    "scores.parquet": _scores,
-    SUMMARY: _catalog,
+def _study(store: ObjectStore, home: str | None) -> str:
+    """Participants get this page: it leads to nothing that would tell who is who."""
+    try:
+        return study_page(read_study(store.get(study.KEY)))
+    except ValueError as error:
+        cause = f"no study's key, or changed: {error}"
+        raise DatasetError(cause, subject=f"{store.uri}/{study.KEY}") from error
+
+
+def _study_scores(store: ObjectStore, home: str | None) -> str:
+    return study_scores_page(read_record(store, SUMMARY, StudyScores), _failures(store))
+
+
+PAGES: Final[Mapping[JobKind, Callable[[ObjectStore, str | None], str]]] = {
+    "dataset": _dataset,
+    "run": _run,
+    "study": _study,
+    "study scores": _study_scores,
+    "comparison": _comparison,
+    "evaluation": _scores,
+    "animations": _catalog,
 }

@@ -11,13 +11,13 @@
     DatasetSummary   what it needs, gathered from records that come one by one
     preview_strip    the picture of a clip on it; contact_sheet: of many clips in one
     run_page         curves to read off, samples over time, phases, weights, settings
+    KeptWeights      a file on it; loss_curve_svg: its losses as one picture
     gallery_page     thousands of animations: search, order, groups, each beside its inputs
     poster           the still picture of one
     evaluation_page  methods x metrics, plots, scores of each video
     comparison_page  systems x metrics, margins, ablations, curves, strips
     demo_page        the four parts on one front page
-    KeptWeights      a file on it
-    loss_curve_svg   its losses as one picture
+    overview_page    jobs in a folder, and the way to their pages
     picture_uri      an image array as a small `data:` URI
 """
 
@@ -28,6 +28,7 @@ from kpmask.report.dataset import DatasetSummary, dataset_page
 from kpmask.report.demo import Command, Link, demo_page
 from kpmask.report.evaluation import evaluation_page
 from kpmask.report.gallery import GalleryMedia, gallery_page, poster, poster_key
+from kpmask.report.overview import FoundJob, JobKind, overview_page
 from kpmask.report.page import picture_uri, relative_url
 from kpmask.report.previews import (
     PREVIEW_FRAMES,
@@ -43,7 +44,9 @@ __all__ = [
     "Command",
     "Curve",
     "DatasetSummary",
+    "FoundJob",
     "GalleryMedia",
+    "JobKind",
     "KeptWeights",
     "Link",
     "Strip",
@@ -55,6 +58,7 @@ __all__ = [
     "evaluation_page",
     "gallery_page",
     "loss_curve_svg",
+    "overview_page",
     "picture_uri",
     "poster",
     "poster_key",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
 
-from kpmask.errors import StorageError
+from kpmask.errors import DatasetError, StorageError
 from kpmask.records import (
     AnimationRecord,
     CatalogManifest,
@@ -17,10 +18,27 @@ from kpmask.records import (
     DatasetChanges,
     DatasetManifest,
     Failure,
+    MetricInfo,
+    RunManifest,
+    ScoreSummary,
+    ScoreTable,
+    SetScore,
+    StepMetrics,
+    VideoScore,
     digest,
 )
 from kpmask.report import poster, poster_key, preview_key, preview_strip
-from tasks.manifest import write_json, write_table
+from kpmask.study import (
+    QUESTIONS,
+    Answer,
+    MethodShare,
+    StudyItem,
+    StudyManifest,
+    StudyScores,
+    make_study,
+    score_answers,
+)
+from tasks.manifest import read_record, write_json, write_table
 from tasks.report import rebuild_page
 from tasks.storage import ObjectStore, open_store
 from tests.support.pages import Page
@@ -109,3 +127,142 @@ def test_nothing_is_here(tmp_path: Path) -> None:
     with pytest.raises(StorageError) as caught:
         rebuild_page(str(tmp_path))
     assert caught.value.code == "not_found"
+
+
+# --- several jobs in a folder ----------------------------------------------------------------
+
+
+def catalog_at(store: ObjectStore) -> None:
+    item = digest("x")[:32]
+    record = AnimationRecord(
+        item, "an item", "a.png", "b.mp4", digest("a"), digest("b"),
+        "relative", f"{item}.mp4", 10, 0, 25.0, 64, 64, 1000, digest("i"),
+    )  # fmt: skip
+    write_table(store, "manifest.parquet", [record], AnimationRecord)
+    write_json(store, "summary.json", CatalogManifest(store.uri, "s", "w", 1, 10, 2))
+    store.put(poster_key(item), poster(np.zeros((8, 8, 3), np.uint8)))
+
+
+def run_at(store: ObjectStore, *, finished: bool = True) -> None:
+    write_json(store, "run.json", {"run_id": "abc"})
+    store.put("config.toml", b"[train]\n")
+    step = StepMetrics("fomm", 10, 1.0, 1e-3, 2.5, ("perceptual",), (2.5,), 20.0)
+    write_table(store, "metrics.parquet", [step], StepMetrics)
+    for number in (0, 10):
+        store.put(f"samples/fomm-step-{number:06d}.png", b"picture")
+    if finished:
+        manifest = RunManifest(store.uri, "abc", "s", "d", "fomm", "vgg19", 10, 2.5, "w")
+        write_json(store, "manifest.json", manifest)
+
+
+def evaluation_at(store: ObjectStore) -> None:
+    score = VideoScore(digest("v"), "a video", "l1", "model", 0.04, 9)
+    write_table(store, "scores.parquet", [score], VideoScore)
+    table = ScoreTable(
+        store.uri, "s", "d", "w", "vgg19", 1, 0,
+        (MetricInfo("l1", "1", None, "Apache-2.0", False),),
+        (ScoreSummary("l1", "model", 0.04, 0.0, 0.04, 1, 9),),
+        sets=(SetScore("fid", "model", 12.5, 1, 9),),
+    )  # fmt: skip
+    write_json(store, "summary.json", table)
+
+
+def test_an_overview_leads_to_every_job(store: ObjectStore, tmp_path: Path) -> None:
+    """Jobs at several depths; a run within a comparison is the comparison's own."""
+    root = open_store(str(tmp_path))
+    run_at(root.child("deep/er/run"))
+    run_at(root.child("going on"), finished=False)
+    catalog_at(root.child("made #1"))
+    evaluation_at(root.child("scores"))
+    root.put("damaged/stats.json", b"{}")
+    comparison = root.child("compared")
+    comparison.put("comparison.json", b"not JSON")
+    run_at(comparison.child("runs/fomm"))
+    uri = rebuild_page(root.uri)
+    assert uri == f"{root.uri}/overview.html"
+    page = Page(root.get("overview.html").decode())
+    wanted = [
+        "set/index.html",
+        "deep/er/run/index.html",
+        "going%20on/index.html",
+        "made%20%231/index.html",
+        "scores/index.html",
+    ]
+    assert [link["href"] for link in page.of("a") if link["href"] != "#main"] == wanted
+    for href in wanted:
+        made = tmp_path / unquote(href)
+        back = Page(made.read_text()).of("a")
+        if href.startswith("scores"):
+            continue
+        (home,) = [link["href"] for link in back if link["href"].endswith("overview.html")]
+        assert (made.parent / home).resolve() == (tmp_path / "overview.html").resolve()
+    assert {image["src"].rpartition("/")[2] for image in page.of("img")} >= {
+        "fomm-step-000010.png",
+        f"{digest('x')[:32]}.jpg",
+    }
+    for text in ("40 training and 0 test clips", "fomm, 10 steps", "not finished", "2 failures",
+                 "1 videos, reconstruction", "l1 0.0400", "It cannot be read."):  # fmt: skip
+        assert text in page.text
+    assert not comparison.exists("runs/fomm/index.html")
+    before = root.get("overview.html")
+    rebuild_page(root.uri)
+    assert root.get("overview.html") == before
+
+
+def test_an_overview_leaves_another_front_page_alone(tmp_path: Path) -> None:
+    root = open_store(str(tmp_path))
+    run_at(root.child("run"))
+    root.put("index.html", b"a demonstration's")
+    assert rebuild_page(root.uri).endswith("/overview.html")
+    assert root.get("index.html") == b"a demonstration's"
+
+
+def test_an_evaluation_has_its_page_again(tmp_path: Path) -> None:
+    evaluation_at(open_store(str(tmp_path)))
+    rebuild_page(str(tmp_path))
+    assert "0.0400" in Page((tmp_path / "index.html").read_text()).text
+
+
+def test_a_study_and_its_scores_have_their_pages_again(tmp_path: Path) -> None:
+    shown = make_study(
+        "Which?",
+        ["a", "b"],
+        [
+            StudyItem("i1", "one", "key", "d.mp4", "", ("v1", "v2"), ("a", "b"), 64, 64),
+            StudyItem("i2", "two", "key", "e.mp4", "", ("v3", "v4"), ("b", "a"), 64, 64),
+        ],
+    )
+    store = open_store(str(tmp_path / "study"))
+    write_json(store, "key.json", shown)
+    manifest = StudyManifest(store.uri, "", shown.study_id, shown.methods, 2, 0, 0)
+    write_json(store, "study.json", manifest)
+    assert rebuild_page(store.uri) == f"{store.uri}/public/index.html"
+    html = store.get("public/index.html").decode()
+    assert shown.study_id in html
+    scored = open_store(str(tmp_path / "scored"))
+    answers = [
+        Answer("p1", item.item_id, item.name, question, "a", screen, False, 1, 3.0)
+        for screen, item in enumerate(shown.items, 1)
+        for question in QUESTIONS
+    ]
+    scores = score_answers(shown, answers, uri=scored.uri, num_failures=0)
+    write_table(scored, "shares.parquet", scores.shares, MethodShare)
+    write_json(scored, "summary.json", scores)
+    rebuild_page(scored.uri)
+    assert read_record(scored, "summary.json", StudyScores) == scores
+    assert "1participants" in Page(scored.get("index.html").decode()).text
+    rebuild_page(str(tmp_path))
+    links = [a["href"] for a in Page((tmp_path / "overview.html").read_text()).of("a")]
+    assert links[1:] == ["study/public/index.html", "scored/index.html"]
+
+
+def test_a_record_comes_back_from_its_json(store: ObjectStore) -> None:
+    clip = dataclasses.replace(CLIP, crop_px=(1, 2, 3, 4))
+    write_json(store, "clip.json", clip)
+    assert read_record(store, "clip.json", ClipRecord) == clip
+    write_json(store, "clip.json", {"clip_id": "x", "no such": 1})
+    with pytest.raises(DatasetError, match="not a ClipRecord"):
+        read_record(store, "clip.json", ClipRecord)
+    write_json(store, "clip.json", [1])
+    with pytest.raises(DatasetError, match="not a ClipRecord"):
+        read_record(store, "clip.json", ClipRecord)
