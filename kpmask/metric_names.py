@@ -48,7 +48,8 @@ PERCEPTUAL_METRICS: Final[tuple[str, ...]] = ("lpips_alex",)
 KEYPOINT_METRICS: Final = _with_estimators(get_args(PointsKind), get_args(PointsName))
 MOTION_METRICS: Final = _with_estimators(get_args(MotionKind), get_args(PointsName))
 IDENTITY_METRICS: Final = _with_estimators(get_args(IdentityKind), get_args(EmbeddingName))
-SET_METRICS: Final[tuple[str, ...]] = ("frechet_sface",)  # one value for a whole set of videos
+# One value for a whole set of videos.
+SET_METRICS: Final[tuple[str, ...]] = ("frechet_sface", "fid", "fvd")
 METRICS: Final = (
     *PICTURE_METRICS,
     *PERCEPTUAL_METRICS,

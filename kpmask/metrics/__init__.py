@@ -163,7 +163,12 @@ def build_set_metrics(names: Sequence[str]) -> list[SetMetric]:
     Raises:
         ConfigError, CheckpointError: as `build_metrics`.
     """
+    from kpmask.metrics.fid import Fid, Fvd
     from kpmask.metrics.frechet import FrechetSFace
 
-    makers: dict[str, Callable[[], SetMetric]] = {"frechet_sface": FrechetSFace.load}
+    makers: dict[str, Callable[[], SetMetric]] = {
+        "frechet_sface": FrechetSFace.load,
+        "fid": Fid.load,
+        "fvd": Fvd.load,
+    }
     return [makers[name]() for name in dict.fromkeys(names) if name in SET_METRICS]
