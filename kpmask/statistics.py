@@ -75,10 +75,11 @@ def two_way_interval(values_PV: Values, *, seed: int = 0) -> tuple[float, float]
     random = np.random.default_rng(seed)
 
     def times_drawn(count: int) -> Values:
-        return random.multinomial(count, np.full(count, 1 / count), NUM_RESAMPLES) / count
+        drawn = random.multinomial(count, np.full(count, 1 / count), NUM_RESAMPLES)
+        return drawn.astype(np.float64)
 
-    shares_RP, shares_RV = times_drawn(num_participants), times_drawn(num_videos)
-    means = np.einsum("rv,rv->r", shares_RP @ values_PV, shares_RV)
+    times_RP, times_RV = times_drawn(num_participants), times_drawn(num_videos)
+    means = np.einsum("rv,rv->r", times_RP @ values_PV, times_RV) / values_PV.size
     low, high = np.percentile(means, INTERVAL)
     return float(low), float(high)
 

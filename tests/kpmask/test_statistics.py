@@ -17,6 +17,7 @@ from kpmask.statistics import (
     mean_interval,
     paired,
     sign_test,
+    two_way_interval,
 )
 
 
@@ -41,6 +42,27 @@ def test_the_interval_of_two_videos_is_known() -> None:
     # Of four equally likely draws, one has the first twice and one the second twice.
     assert mean_interval(np.array([0.2, 0.6])) == pytest.approx((0.2, 0.6))
     assert mean_interval(np.array([0.5])) == (0.5, 0.5)
+
+
+def test_the_interval_over_rows_and_columns_is_that_of_a_plain_loop() -> None:
+    random = np.random.default_rng(6)
+    values = (random.uniform(size=(7, 9)) < 0.4).astype(float)
+    drawn = []
+    for _ in range(20_000):
+        rows, columns = random.integers(7, size=7), random.integers(9, size=9)
+        drawn.append(np.mean([[values[row, column] for column in columns] for row in rows]))
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    assert two_way_interval(values) == pytest.approx((low, high), abs=0.06 * (high - low))
+    assert two_way_interval(values) == two_way_interval(values)
+
+
+def test_the_interval_of_equal_columns_is_that_of_the_rows() -> None:
+    rows = np.random.default_rng(7).uniform(0, 1, 30)
+    table = np.repeat(rows[:, None], 50, axis=1)
+    low, high = mean_interval(rows)
+    assert two_way_interval(table) == pytest.approx((low, high), abs=0.06 * (high - low))
+    assert two_way_interval(table.T) == pytest.approx((low, high), abs=0.06 * (high - low))
+    assert two_way_interval(np.ones((1, 4))) == (1.0, 1.0)
 
 
 def test_the_interval_of_a_weighted_mean() -> None:
