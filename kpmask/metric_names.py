@@ -21,9 +21,11 @@ PictureMetricName = Literal[
     "warping_error",
 ]
 
-PointsName = Literal["facemesh", "movenet"]
+PointsName = Literal["facemesh", "movenet", "fan", "openpose", "openposeone"]
 PointsKind = Literal["akd", "akd_euclidean", "jitter", "mkr", "coverage"]
-EmbeddingName = Literal["sface"]
+EmbeddingName = Literal["sface", "reid", "reidpaper", "openface", "arcface"]
+# What the papers measured with. Numbers of others do not belong beside theirs.
+PAPER_ESTIMATORS: Final = frozenset({"fan", "openpose", "reidpaper", "openface", "arcface"})
 IdentityKind = Literal[
     "aed_sq", "aed_l2", "csim_truth", "csim_source", "coverage", "coverage_source"
 ]

@@ -2,17 +2,28 @@
 
 | name | gives | weights |
 |---|---|---|
-| `facemesh` | 468 points of a face | `kpmask weights fetch facemesh`; YuNet finds the face |
-| `sface` | 128 numbers that tell faces apart | with `kpmask[faces]`; YuNet finds the face |
-| `movenet` | 17 points of a body, as COCO orders them | `kpmask weights fetch movenet` |
+| `facemesh` | 468 points of a face; YuNet finds it | `facemesh`, and `kpmask[faces]` |
+| `sface` | 128 numbers of a face; YuNet finds it | `kpmask[faces]` |
+| `movenet` | 17 points of a body, as COCO orders them | `movenet` |
+| `fan` * | 68 points of a face | `fan` and `s3fd`: research only |
+| `openface` * | 128 numbers of the whole frame | `openface` |
+| `arcface` * | 512 numbers of a face; YuNet finds it | `arcface`: non-commercial |
+| `openpose` * | 18 points of a body; takes a GPU | `openpose`: non-commercial |
+| `openposeone` | the same network, once and of one person | `openpose`: non-commercial |
+| `reidpaper` * | 2048 numbers of the whole frame | `reid`: research only |
+| `reid` | the same network, used as it was trained for | `reid`: research only |
 
+- What weights there are, and whether `kpmask weights fetch` gets them or only the user can, who
+  gives them to `kpmask weights add`: see `kpmask.estimators.weights`.
 - An estimator looks at each frame by itself: equal frames get equal values, however a video is
   cut into chunks. Of several people in a frame it takes one, by a rule that it states.
 - Where nothing is found there is NaN. A frame on which an estimator breaks is one in which nothing
   was found, and the log says so.
-- None of these is what the papers used. Numbers of two estimators do not compare, nor do those of
-  one estimator with other weights: `name`, `version` and `weights_sha256` must agree.
-- Each runs on one CPU thread if torch is set to one; OpenCV is kept to one here.
+- Those with a star are what the papers used, `kpmask.metric_names.PAPER_ESTIMATORS`. Numbers of two
+  estimators do not compare, nor do those of one estimator with other weights: `name`, `version`
+  and `weights_sha256` must agree.
+- Each runs on one CPU thread if torch is set to one; OpenCV is kept to one here. Networks of torch
+  run on a GPU where there is one.
 """
 
 from __future__ import annotations
@@ -100,7 +111,10 @@ class EmbeddingEstimator(Estimator, Protocol):
     def size(self) -> int: ...
 
     def estimate(self, frames_THWC: Frames) -> NDArray[np.float64]:
-        """A vector of length 1 for each of the frames (TD), uint8 RGB; NaN where nothing is."""
+        """A vector for each of the frames (TD), uint8 RGB; NaN where nothing is.
+
+        Of length 1, unless the estimator says otherwise.
+        """
         ...
 
 
@@ -116,15 +130,34 @@ def point_estimator(name: PointsName) -> PointEstimator:
         from kpmask.estimators.facemesh import FaceMesh
 
         return FaceMesh.load()
-    from kpmask.estimators.movenet import MoveNet
+    if name == "movenet":
+        from kpmask.estimators.movenet import MoveNet
 
-    return MoveNet.load()
+        return MoveNet.load()
+    if name == "fan":
+        from kpmask.estimators.fan import Fan
+
+        return Fan.load()
+    from kpmask.estimators.openpose import OpenPose
+
+    return OpenPose.load(name)
 
 
 @functools.lru_cache(maxsize=len(ESTIMATORS))
 def embedding_estimator(name: EmbeddingName) -> EmbeddingEstimator:
     """As `point_estimator`."""
-    from kpmask.estimators.sface import SFace
+    if name == "sface":
+        from kpmask.estimators.sface import SFace
 
-    assert name == "sface", name
-    return SFace.load()
+        return SFace.load()
+    if name == "openface":
+        from kpmask.estimators.openface import OpenFace
+
+        return OpenFace.load()
+    if name == "arcface":
+        from kpmask.estimators.arcface import ArcFace
+
+        return ArcFace.load()
+    from kpmask.estimators.reid import ReId
+
+    return ReId.load(name)

@@ -268,6 +268,65 @@ OWN: Final[dict[str, OwnWeights]] = {
             url="https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt?dl=1",
             max_bytes=200 * 2**20,
         ),
+        OwnWeights(
+            name="s3fd",
+            file_name="s3fd.pth",
+            licence="BSD-3-Clause",
+            terms="research only",  # trained on WIDER FACE
+            source="face-alignment: the face detector of `fan`",
+            sha256_prefixes=("619a31681264d3f7f7fc7a16a42cbbe8b23f31a256f75a366e5a1bcd59b33543",),
+            url="https://www.adrianbulat.com/downloads/python-fan/s3fd-619a316812.pth",
+            max_bytes=200 * 2**20,
+        ),
+        OwnWeights(
+            name="fan",
+            file_name="2DFAN4.pth",
+            licence="BSD-3-Clause",
+            terms="research only",  # trained on 300-W-LP
+            source="face-alignment: 68 points of a face; needs `s3fd` too",
+            # Of version 1.5, tensors alone; and of the versions before it, TorchScript.
+            sha256_prefixes=(
+                "11f355bf0693120222f5955ce3f9dc8fb5763ebb30a47d7906e509490d32e4aa",
+                "cd938726adb1f15f361263cce2db9cb820c42585fa8796ec72ce19107f369a46",
+            ),
+            url="https://www.adrianbulat.com/downloads/python-fan/2DFAN4-11f355bf06.pth.tar",
+            max_bytes=400 * 2**20,
+        ),
+        OwnWeights(
+            name="openpose",
+            file_name="pose_model.pth",
+            licence="LicenseRef-OpenPose",
+            terms="non-commercial",
+            source="pose_model.pth of pytorch_Realtime_Multi-Person_Pose_Estimation: 18 points",
+            max_bytes=400 * 2**20,
+        ),
+        OwnWeights(
+            name="reid",
+            file_name="reid_model.pth",
+            licence="MIT",
+            terms="research only",  # trained on Market-1501
+            source="reid_model.pth of pose-evaluation: ResNet-50 of Person_reID_baseline_pytorch",
+            max_bytes=400 * 2**20,
+        ),
+        OwnWeights(
+            name="openface",
+            file_name="nn4.small2.v1.t7",
+            licence="Apache-2.0",
+            terms="unclear",  # trained on CASIA-WebFace and FaceScrub
+            source="OpenFace: a face's vector of 128 numbers",
+            sha256_prefixes=("9b72d54aeb24a64a8135dca8e792f7cc675c99a884a6940350a6cedcf7b7ba08",),
+            url="https://storage.cmusatyalab.org/openface-models/nn4.small2.v1.t7",
+            max_bytes=64 * 2**20,
+        ),
+        OwnWeights(
+            name="arcface",
+            file_name="w600k_r50.onnx",
+            licence="LicenseRef-InsightFace",
+            terms="non-commercial",
+            source="InsightFace: w600k_r50.onnx of its pack buffalo_l, a face's 512 numbers",
+            sha256_prefixes=("4c06341c33c2ca1f86781dab0e829f88ad5b64be9fba56e56bc9ebdefc619e43",),
+            max_bytes=400 * 2**20,
+        ),
     )
 }
 

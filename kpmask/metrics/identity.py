@@ -1,12 +1,14 @@
-"""Whether a face is still the same person's, by the vector that an estimator has for it.
+"""Whether somebody is still the same person, by the vector that an estimator has of a frame.
 
-All of it is arithmetic on vectors of length 1, NaN where no face was found. A value of a frame is
-NaN where the truth (or the source) has no face to compare with.
+All of it is arithmetic on vectors, NaN where no face was found: of length 1, but for `reid` and
+`reidpaper`. A value of a frame is NaN where the truth (or the source) has no face to compare with.
 
 **A frame in which the truth has a face and the generated frame has none** counts as the opposite
 vector: nothing that is drawn could score worse. So no model gains by faces that no detector
 recognises. The papers' code leaves such frames out; metrics whose names end in `_found` do the
-same, and mean little without their coverage.
+same, and mean little without their coverage. Estimators that take the whole frame (`openface`,
+`reid`, `reidpaper`) never miss: there the rule is only for a frame that is no picture, and of
+vectors that are not of length 1 a drawn one may lie even further away than the opposite one.
 
 | name | of a frame | range, best |
 |---|---|---|
@@ -18,10 +20,10 @@ same, and mean little without their coverage.
 | `coverage_source` | 1 where the source and the generated frame have one, else 0 | 0 to 1, 1 |
 
 Of vectors of length 1, `aed_sq` is 2 - 2 `csim_truth`: both are here since both are read. There is
-no plain "AED", which is also the name of a distance of expressions. The papers' vectors were
-others (OpenFace, ArcFace, a re-identification network): these numbers do not belong beside those.
-Compression moves them more than motion does, so read them beside those of the true frames after
-the codec.
+no plain "AED", which is also the name of a distance of expressions. The ranges are those of such
+vectors; `aed_sq_reid` may be hundreds. The papers measured with `openface` and `reidpaper`, and
+with some ArcFace: numbers of `sface` do not belong beside theirs. Compression moves them more than
+motion does, so read them beside those of the true frames after the codec.
 """
 
 from __future__ import annotations

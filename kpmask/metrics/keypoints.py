@@ -20,8 +20,9 @@ what both come to.
 | `jitter` | as `akd`, of second differences in time (px a frame^2) | 0 to four sides, 0 |
 | `coverage` | 1 where a point was found in both frames, else 0 | 0 to 1, 1 |
 
-AKD is from Siarohin et al. 2019 (Monkey-Net), who also brought in MKR. Their estimators were
-others, face-alignment and OpenPose: these numbers do not belong beside those.
+AKD is from Siarohin et al. 2019 (Monkey-Net), who also brought in MKR. They measured with
+face-alignment and OpenPose: only `akd_fan_found`, `akd_openpose_found` and `mkr_openpose` are made
+as their numbers are.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from kpmask.errors import ConfigError
-from kpmask.estimators import Keypoints, Subject
+from kpmask.estimators import Keypoints, Subject, point_estimator
 from kpmask.estimators.frames import EachFrame
 from kpmask.evaluate import score_video
 from kpmask.metric_names import KEYPOINT_METRICS, PointsKind
@@ -276,12 +276,7 @@ def test_every_name_is_known_and_without_weights_names_the_command(
         patched.setattr(kp, "point_estimator", found)
         assert keypoint_metric(name).name == name
 
-    def absent(estimator: str) -> Any:
-        from kpmask.estimators.weights import KNOWN, locate
-
-        return locate(KNOWN[estimator])
-
     monkeypatch.setenv("KPMASK_CACHE", "/nowhere")
-    monkeypatch.setattr(kp, "point_estimator", absent)
-    with pytest.raises(ConfigError, match=r"kpmask weights fetch (facemesh|movenet)"):
+    monkeypatch.setattr(kp, "point_estimator", point_estimator.__wrapped__)
+    with pytest.raises(ConfigError, match=r"kpmask weights (fetch|add) \w+"):
         keypoint_metric(name)
