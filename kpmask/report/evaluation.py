@@ -1,68 +1,59 @@
-"""The page of an evaluation: methods x metrics, plots, scores of each video."""
+"""The page of an evaluation: methods x metrics, published numbers, plots, clips, every score.
+
+- Numbers stand with what they were made with: protocol, estimator, version, weights, licence; and
+  those of an estimator with how often it found something, since who draws no faces has no errors
+  of faces.
+- Published numbers stand by themselves: see `kpmask.report.published`.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
+from kpmask.errors import ConfigError
+from kpmask.measure import same_tables
+from kpmask.metric_names import METRICS as METRIC_NAMES
+from kpmask.metric_names import SET_METRICS
 from kpmask.records import (
     Average,
     Failure,
+    FrameScores,
     MetricInfo,
     PairedScore,
-    Quantise,
     ScoreSummary,
     ScoreTable,
+    SetScore,
     VideoScore,
 )
-from kpmask.report.gallery import GalleryMedia, Item
+from kpmask.report.gallery import GalleryMedia
+from kpmask.report.metric_labels import AVERAGES, FOUND, GROUPS, METHODS, QUANTISED, metric_label
 from kpmask.report.page import Tile, failure_tile, failure_values, figure, num, render
+from kpmask.report.published import PUBLISHED, PublishedMetric, PublishedTable, differences
+from kpmask.report.score_clips import ScoredVideo, clip_cards, clip_data, with_media
+from kpmask.report.score_plots import (
+    LEFT,
+    MAX_DOTS,
+    MAX_PAGE_DOTS,
+    RIGHT,
+    WIDTH,
+    ScorePlot,
+    score_plot,
+)
 
-METHODS: Final[Mapping[str, str]] = {
-    "model": "this model",
-    "copy": "copy of the source",
-    "codec": "the codec alone",
-}
 METRICS: Final[Mapping[str, tuple[str, str]]] = {
-    "l1": ("L1", "Mean absolute difference of pixels in [0, 1]."),
-    "l1_with_first": ("L1 with first", "L1 as the papers' published code has it."),
-    "l1_moving": (
-        "L1 moving",
-        "L1 over the pixels that differ from the source: those that move.",
-    ),
-    "psnr": ("PSNR", "Peak signal-to-noise ratio in dB; 100 for equal pictures."),
-    "ssim": ("SSIM", "Structural similarity; 1 for equal pictures."),
-    "temporal_error": (
-        "Temporal error",
-        "Mean absolute difference of the changes from frame to frame, in [0, 2].",
-    ),
-    "flicker": (
-        "Flicker",
-        "Mean absolute change from frame to frame where the true video stands still. A frozen "
-        "picture has none, so read it beside the temporal error.",
-    ),
-    "warping_error": (
-        "Warping error",
-        "Mean squared change of colour along the true video's motion, by DIS optical flow. A true "
-        "video is above 0 too.",
-    ),
+    name: (metric_label(name).label, metric_label(name).text)
+    for name in (*METRIC_NAMES, *SET_METRICS)
 }
-QUANTISED: Final[Mapping[Quantise, str]] = {
-    "none": "frames as they are drawn",
-    "truncate": "drawn frames cut off to 8 bits",
-    "round": "drawn frames rounded to 8 bits",
-}
-AVERAGES: Final[Mapping[Average, str]] = {
-    "videos": "mean of the videos' means",
-    "frames": "mean over all frames together",
-}
-NOT_BEST: Final = frozenset({METHODS["codec"]})  # it shows true frames, and is no rival
-MAX_DOTS: Final = 600
-LEFT, RIGHT, BASE = 14, 346, 86  # of a plot, in units of its view box
+# They show frames that nobody drew, and are no rivals.
+NOT_BEST: Final = frozenset({METHODS["codec"], METHODS["driving"]})
+# Means of found frames are of other frames for each rival, if these differ by more than so much.
+MAX_COVERAGE_GAP: Final = 0.01
+MAX_TILES: Final = 6
+PREVIEW_FRAMES: Final = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +66,7 @@ class MetricColumn:
     summary: ScoreSummary | None
     average: Average = "videos"
     paired: PairedScore | None = None
+    set_score: SetScore | None = None
 
     @property
     def higher_is_better(self) -> bool:
@@ -82,6 +74,8 @@ class MetricColumn:
 
     @property
     def value(self) -> float | None:
+        if self.set_score is not None:
+            return self.set_score.value
         return None if self.summary is None else shown_mean(self.summary, self.average)[0]
 
     @property
@@ -89,14 +83,31 @@ class MetricColumn:
         """What its numbers are over."""
         return protocol_line(self.info, self.average)
 
+    @property
+    def short(self) -> str:
+        """Its label under its group's heading."""
+        return metric_label(self.info.name).short
+
+    @property
+    def unit(self) -> str:
+        return metric_label(self.info.name).unit
+
+    @property
+    def group(self) -> str:
+        return "sets" if self.info.of_set else metric_label(self.info.name).group
+
 
 @dataclass(frozen=True, slots=True)
 class _Cell:
+    """A value; `coverage` is the share of frames that it is of, for an estimator's metric."""
+
     summary: ScoreSummary | None
     value: float | None
     low: float | None
     high: float | None
     best: bool
+    coverage: float | None = None
+    set_score: SetScore | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +117,44 @@ class MethodRow:
 
 
 @dataclass(frozen=True, slots=True)
+class _MetricGroup:
+    """Metrics that stand in one table: methods x metrics."""
+
+    key: str
+    title: str
+    columns: Sequence[MetricColumn]
+    rows: Sequence[MethodRow]
+
+
+@dataclass(frozen=True, slots=True)
 class _VideoRow:
+    """`number` is its place in the table; `clip` that of its card, None where it has none."""
+
     clip_id: str
     name: str
     scores: Sequence[float | None]
     num_frames: int
+    number: int = 0
+    clip: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _PublishedColumn:
+    """A published metric; `value` is ours, None where `reasons` say why it does not compare."""
+
+    metric: PublishedMetric
+    reasons: Sequence[str]
+    value: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Published:
+    table: PublishedTable
+    columns: Sequence[_PublishedColumn]
+
+    @property
+    def compares(self) -> bool:
+        return any(column.value is not None for column in self.columns)
 
 
 def evaluation_page(
@@ -120,6 +164,8 @@ def evaluation_page(
     scores: Sequence[VideoScore],
     failures: Sequence[Failure],
     media: Mapping[str, GalleryMedia] | None = None,
+    frames: Sequence[FrameScores] = (),
+    preview_frames: int = PREVIEW_FRAMES,
     note: str = "",
     limit: int = 2000,
     home: str | None = None,
@@ -128,50 +174,101 @@ def evaluation_page(
 
     Args:
         scores: one for each video, metric and method.
-        media: by clip id, to show the best, middle and worst videos by the first metric;
-            `driving` is the true video.
+        media: by clip id, to show the worst and the best videos by any metric; `driving` is the
+            true video.
+        frames: scores of these clips frame by frame, to be drawn beside them.
+        preview_frames: as many first frames have the media's videos, or all where they are fewer.
         note: what else a reader should know.
         limit: of rows in the table of videos.
         home: link of an overview page.
     """
     columns = metric_columns(table)
-    rows = _video_rows(columns, scores)
-    tiles = [Tile(figure(c.value), c.label) for c in columns if c.value is not None]
+    rows = _video_rows(columns, scores, media or {})
+    valued = [column for column in columns if column.value is not None]
+    tiles = [Tile(figure(c.value or 0.0), _with_unit(c)) for c in valued if not _covers(c)]
+    by_video = [column for column in columns if not column.info.of_set]
     return render(
         "evaluation.html",
         title=title,
         kind="evaluation",
         home=home,
+        own="evaluation",
         note=note,
+        lead=_lead(table),
         table=table,
-        tiles=[Tile(num(table.num_videos), "videos"), *tiles, failure_tile(table.num_failures)],
+        tiles=[
+            Tile(num(table.num_videos), "videos"),
+            *tiles[:MAX_TILES],
+            failure_tile(table.num_failures),
+        ],
         metrics=columns,
         average=AVERAGES[table.average],
-        methods=method_rows(table),
-        frame={"left": LEFT, "right": RIGHT, "base": BASE, "width": 360, "height": 112},
-        plots=[_plot(column, table, scores) for column in columns] if rows else [],
-        examples=_examples(columns, rows, media or {}),
+        groups=_groups(columns, method_rows(table)),
+        published=[_published(found, table, columns) for found in PUBLISHED],
+        frame={"left": LEFT, "right": RIGHT, "width": WIDTH},
+        plots=_plots(by_video, table, scores, _links(rows[:limit], rows)),
+        **_clip_values(columns, rows, media or {}, frames, preview_frames),
+        trio=("source", "driving" if table.setting == "cross" else "true", "result"),
+        scored=by_video,
         videos=rows[:limit],
         hidden_videos=max(0, len(rows) - limit),
         **failure_values(failures),
     )
 
 
+_REFERENCES: Final = (
+    "The row of copies repeats the source, and that of the codec has the true frames after the "
+    "encoder that results are stored with: between them stands what a number is worth."
+)
+
+
+def _lead(table: ScoreTable) -> str:
+    """What was drawn from what, in words."""
+    if not table.dataset_id:
+        return (
+            "Videos that were made before, each compared frame by frame with the true one of the "
+            f"same name, whose first frame counts as the source. {_REFERENCES}"
+        )
+    if table.setting == "cross":
+        motion = "in its poses" if table.motion == "absolute" else "by its motion from frame 0 on"
+        return (
+            "Another identity's motion: one clip's first frame is animated by a clip of somebody "
+            f"else, {motion}. There is no true result: metrics compare with the driving frames, "
+            "and those of identities with the source. The driving video's own row shows what it "
+            "takes to be perfect in the one and lost in the other."
+        )
+    if table.setting == "few_shot":
+        return (
+            "Few shots, of which none is used: a person's held-out frames are drawn from one "
+            f"other frame of the same person, without fine-tuning (#FT = 0). {_REFERENCES}"
+        )
+    return (
+        "The papers' reconstruction protocol: the first frame of a test video is animated by the "
+        f"video itself, and each result frame is compared with the true one. {_REFERENCES}"
+    )
+
+
+# --- methods x metrics -----------------------------------------------------------------------
+
+
 def metric_columns(table: ScoreTable) -> list[MetricColumn]:
     """The columns of a table of methods x metrics."""
     mine = {s.metric: s for s in table.summaries if s.method == "model"}
     paired = {p.metric: p for p in table.paired if p.against == "copy"}
+    sets = {s.metric: s for s in table.sets if s.method == "model"}
     columns = []
     for info in table.metrics:
-        label, text = METRICS.get(info.name, (info.name, ""))
-        found = (mine.get(info.name), table.average, paired.get(info.name))
-        columns.append(MetricColumn(info, label, text, *found))
+        label = metric_label(info.name)
+        found = (mine.get(info.name), table.average, paired.get(info.name), sets.get(info.name))
+        columns.append(MetricColumn(info, label.label, label.text, *found))
     return columns
 
 
 def protocol_line(info: MetricInfo, average: Average) -> str:
     """What a metric's numbers are over, to be read beside them."""
     first = "frame 0 counted" if info.counts_first else "frame 0 left out"
+    if info.of_set:
+        return f"{first}, {QUANTISED[info.quantise]}, one value for all videos"
     return f"{first}, {QUANTISED[info.quantise]}, {AVERAGES[average]}"
 
 
@@ -182,169 +279,220 @@ def shown_mean(summary: ScoreSummary, average: Average) -> tuple[float, float | 
     return summary.mean, summary.mean_low, summary.mean_high
 
 
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """What a row is made of."""
+
+    summaries: Mapping[str, ScoreSummary]
+    sets: Mapping[str, SetScore]
+
+    @classmethod
+    def of(cls, table: ScoreTable, method: str) -> _Named:
+        return cls(
+            {s.metric: s for s in table.summaries if s.method == method},
+            {s.metric: s for s in table.sets if s.method == method},
+        )
+
+    def value(self, metric: str, average: Average) -> float | None:
+        if metric in self.sets:
+            return self.sets[metric].value
+        summary = self.summaries.get(metric)
+        return None if summary is None else shown_mean(summary, average)[0]
+
+
 def method_rows(table: ScoreTable) -> list[MethodRow]:
     """Methods x metrics; the best of a column is marked when there is something to compare."""
-    methods = dict.fromkeys(s.method for s in table.summaries)
-    return _rows(
-        table.metrics,
-        {METHODS.get(m, m): [s for s in table.summaries if s.method == m] for m in methods},
-        table.average,
-    )
+    methods = dict.fromkeys([s.method for s in table.summaries] + [s.method for s in table.sets])
+    named = {METHODS.get(m, m): _Named.of(table, m) for m in methods}
+    return _rows(table.metrics, named, table.average)
 
 
 def compared_rows(tables: Mapping[str, ScoreTable]) -> list[MethodRow]:
-    """Models, each with its name and its scores on the same videos, and once what they share."""
-    named: dict[str, Sequence[ScoreSummary]] = {
-        name: [s for s in table.summaries if s.method == "model"] for name, table in tables.items()
-    }
+    """Models, each with its name and its scores on the same videos, and once what they share.
+
+    Raises:
+        ConfigError: their numbers do not compare: they are of other videos, or were made otherwise.
+    """
+    same_tables(tables)
     first = next(iter(tables.values()))
+    for name, table in tables.items():
+        if table.dataset_id != first.dataset_id:
+            raise ConfigError("scores of two datasets do not compare", subject=name)
+    named = {name: _Named.of(table, "model") for name, table in tables.items()}
     for method in dict.fromkeys(s.method for s in first.summaries if s.method != "model"):
-        found = [s for s in first.summaries if s.method == method]
-        named[METHODS.get(method, method)] = found
+        named[METHODS.get(method, method)] = _Named.of(first, method)
     return _rows(first.metrics, named, first.average)
 
 
 def _rows(
-    metrics: Sequence[MetricInfo],
-    named: Mapping[str, Sequence[ScoreSummary]],
-    average: Average,
+    metrics: Sequence[MetricInfo], named: Mapping[str, _Named], average: Average
 ) -> list[MethodRow]:
     """A row for each name; the best of each metric is marked."""
-    best: dict[str, float] = {}
-    rivals = [s for name, found in named.items() if name not in NOT_BEST for s in found]
-    for info in metrics:
-        means = [shown_mean(s, average)[0] for s in rivals if s.metric == info.name]
-        finite = [mean for mean in means if math.isfinite(mean)]
-        if len(finite) > 1:
-            best[info.name] = max(finite) if info.higher_is_better else min(finite)
+    rivals = [found for name, found in named.items() if name not in NOT_BEST]
+    best = {info.name: _best(info, rivals, average) for info in metrics}
     rows = []
     for name, found in named.items():
-        by_metric = {s.metric: s for s in found}
         marks = {} if name in NOT_BEST else best
-        cells = [_cell(by_metric.get(info.name), average, marks) for info in metrics]
-        rows.append(MethodRow(name, cells))
+        rows.append(MethodRow(name, [_cell(info, found, average, marks) for info in metrics]))
     return rows
 
 
-def _cell(summary: ScoreSummary | None, average: Average, best: Mapping[str, float]) -> _Cell:
+def _best(info: MetricInfo, rivals: Sequence[_Named], average: Average) -> float | None:
+    """The best value of those that compare; None where there are not two of them."""
+    having = [found for found in rivals if found.value(info.name, average) is not None]
+    if info.name.endswith(FOUND) and not _covered_alike(info, having, average):
+        return None
+    values = [found.value(info.name, average) for found in having]
+    finite = [value for value in values if value is not None and math.isfinite(value)]
+    if len(finite) < 2:
+        return None
+    return max(finite) if info.higher_is_better else min(finite)
+
+
+def _covered_alike(info: MetricInfo, rivals: Sequence[_Named], average: Average) -> bool:
+    shares = [found.value(info.coverage, average) for found in rivals]
+    known = [share for share in shares if share is not None]
+    # A little more than the gap, which is a difference of two decimal fractions.
+    return len(known) == len(shares) and max(known) - min(known) <= MAX_COVERAGE_GAP + 1e-9
+
+
+def _cell(
+    info: MetricInfo, found: _Named, average: Average, best: Mapping[str, float | None]
+) -> _Cell:
+    coverage = found.value(info.coverage, average) if info.coverage else None
+    value = found.value(info.name, average)
+    is_best = value is not None and value == best.get(info.name)
+    if info.name in found.sets:
+        return _Cell(None, value, None, None, is_best, coverage, found.sets[info.name])
+    summary = found.summaries.get(info.name)
     if summary is None:
         return _Cell(None, None, None, None, best=False)
-    value, low, high = shown_mean(summary, average)
-    return _Cell(summary, value, low, high, best=value == best.get(summary.metric))
+    _, low, high = shown_mean(summary, average)
+    return _Cell(summary, value, low, high, is_best, coverage)
 
 
-def _video_rows(columns: Sequence[MetricColumn], scores: Sequence[VideoScore]) -> list[_VideoRow]:
+def _groups(columns: Sequence[MetricColumn], rows: Sequence[MethodRow]) -> list[_MetricGroup]:
+    """One table for pictures, one for each estimator, one for sets."""
+    places: dict[str, list[int]] = defaultdict(list)
+    for place, column in enumerate(columns):
+        places[column.group].append(place)
+    return [
+        _MetricGroup(
+            key, title, [columns[place] for place in places[key]], _part(rows, places[key])
+        )
+        for key, title in GROUPS.items()
+        if key in places
+    ]
+
+
+def _part(rows: Sequence[MethodRow], places: Sequence[int]) -> list[MethodRow]:
+    """Some columns of the rows, without rows that have nothing in them."""
+    parts = [MethodRow(row.name, [row.cells[place] for place in places]) for row in rows]
+    return [row for row in parts if any(cell.value is not None for cell in row.cells)]
+
+
+def _covers(column: MetricColumn) -> bool:
+    """Whether it says how often an estimator found something."""
+    return column.info.name.startswith("coverage")
+
+
+def _with_unit(column: MetricColumn) -> str:
+    return f"{column.label}, {column.unit}" if column.unit else column.label
+
+
+# --- published numbers -----------------------------------------------------------------------
+
+
+def _published(
+    found: PublishedTable, table: ScoreTable, columns: Sequence[MetricColumn]
+) -> _Published:
+    values = {column.info.name: column.value for column in columns}
+    shown = []
+    for metric in found.metrics:
+        reasons = differences(metric, table)
+        shown.append(_PublishedColumn(metric, reasons, None if reasons else values[metric.ours]))
+    return _Published(found, shown)
+
+
+# --- videos ----------------------------------------------------------------------------------
+
+
+def _video_rows(
+    columns: Sequence[MetricColumn],
+    scores: Sequence[VideoScore],
+    media: Mapping[str, GalleryMedia],
+) -> list[_VideoRow]:
     found: dict[str, dict[str, VideoScore]] = defaultdict(dict)
     for score in scores:
         if score.method == "model":
             found[score.clip_id][score.metric] = score
+    scored = [column.info.name for column in columns if not column.info.of_set]
     rows = []
     for clip_id, by_metric in found.items():
-        row = [by_metric.get(column.info.name) for column in columns]
+        row = [by_metric.get(name) for name in scored]
         name = next(iter(by_metric.values())).name
         num_frames = max(score.num_frames for score in by_metric.values())
         values = [None if score is None else score.value for score in row]
         rows.append(_VideoRow(clip_id, name, values, num_frames))
-    return sorted(rows, key=lambda row: (row.name, row.clip_id))
-
-
-def _examples(
-    columns: Sequence[MetricColumn], rows: Sequence[_VideoRow], media: Mapping[str, GalleryMedia]
-) -> list[Item]:
-    """The best, the middle and the worst video of those that can be shown, by the first metric."""
-    if not columns:
-        return []
-    scored = [(row.scores[0], row) for row in rows if row.clip_id in media]
-    ranked = [(value, row) for value, row in scored if value is not None and math.isfinite(value)]
-    ranked.sort(key=lambda pair: pair[0], reverse=columns[0].higher_is_better)
-    places = {0: "best", len(ranked) // 2: "middle", len(ranked) - 1: "worst"}
-    places.update({0: "best"} if ranked else {})
-    items = []
-    for place, word in sorted(places.items()) if ranked else ():
-        value, row = ranked[place]
-        line = f"{word}: {columns[0].label} {figure(value)}"
-        items.append(Item(name=row.name, media=media[row.clip_id], lines=[line]))
-    return items
-
-
-# --- plots: lengths are units of the drawing's view box --------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Mark:
-    x: float
-    label: str
-    value: float
-    style: str
-    y: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Tick:
-    x: float
-    label: str
-    anchor: str
-
-
-@dataclass(frozen=True, slots=True)
-class _MeanBar:
-    label: str
-    text: str
-    width: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Plot:
-    """A strip plot of one metric, and a bar for each method's mean."""
-
-    metric: MetricColumn
-    low: float
-    high: float
-    dots: Sequence[_Mark]
-    lines: Sequence[_Mark]
-    ticks: Sequence[_Tick]
-    bars: Sequence[_MeanBar]
-
-
-def _plot(column: MetricColumn, table: ScoreTable, scores: Sequence[VideoScore]) -> _Plot:
-    name = column.info.name
-    mine = [s for s in scores if s.metric == name and s.method == "model"]
-    mine = [s for s in mine if math.isfinite(s.value)]
-    summaries = [s for s in table.summaries if s.metric == name and math.isfinite(s.mean)]
-    values = [score.value for score in mine] + [summary.mean for summary in summaries]
-    low, high = min(values, default=0.0), max(values, default=1.0)
-    spread = (high - low) or max(abs(high), 1.0) * 0.1
-    low, high = low - 0.05 * spread, high + 0.05 * spread
-
-    def x_of(value: float) -> float:
-        return round(LEFT + (RIGHT - LEFT) * (value - low) / (high - low), 2)
-
-    stride = max(1, math.ceil(len(mine) / MAX_DOTS))
-    dots = [
-        _Mark(x_of(s.value), s.name, s.value, "dot", y=round(22 + 52 * _jitter(s.clip_id), 2))
-        for s in mine[::stride]
-    ]
-    lines = [
-        _Mark(x_of(s.mean), METHODS[s.method], s.mean, "mean" if s.method == "model" else "other")
-        for s in summaries
-    ]
-    middle = (low + high) / 2
-    ticks = [
-        _Tick(x_of(value), figure(value), anchor)
-        for value, anchor in ((low, "start"), (middle, "middle"), (high, "end"))
-    ]
-    return _Plot(column, low, high, dots, lines, ticks, _mean_bars(summaries))
-
-
-def _mean_bars(summaries: Sequence[ScoreSummary]) -> list[_MeanBar]:
-    most = max((abs(s.mean) for s in summaries), default=1.0) or 1.0
-    full = RIGHT - LEFT
+    rows.sort(key=lambda row: (row.name, row.clip_id))
+    cards = {row.clip_id: at for at, row in enumerate(with_media(rows, media))}
     return [
-        _MeanBar(METHODS[s.method], figure(s.mean), round(max(1.0, full * abs(s.mean) / most), 2))
-        for s in summaries
+        _VideoRow(r.clip_id, r.name, r.scores, r.num_frames, at, cards.get(r.clip_id))
+        for at, r in enumerate(rows)
     ]
 
 
-def _jitter(text: str) -> float:
-    """A number in [0, 1] that follows from a text, so that dots do not hide one another."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") / 2**32
+def _links(listed: Sequence[_VideoRow], rows: Sequence[_VideoRow]) -> dict[str, str]:
+    """Where a dot leads: to the clip's card, else to its row."""
+    links = {row.clip_id: f"#video-{row.number}" for row in listed}
+    return links | {row.clip_id: f"#clip-{row.clip}" for row in rows if row.clip is not None}
+
+
+def _plots(
+    columns: Sequence[MetricColumn],
+    table: ScoreTable,
+    scores: Sequence[VideoScore],
+    links: Mapping[str, str],
+) -> list[ScorePlot]:
+    by_metric: dict[str, list[VideoScore]] = defaultdict(list)
+    for score in scores:
+        by_metric[score.metric].append(score)
+    most = max(2, min(MAX_DOTS, MAX_PAGE_DOTS // max(1, len(columns))))
+    plots = [
+        score_plot(
+            column.label,
+            column.unit,
+            higher_is_better=column.higher_is_better,
+            scores=by_metric[column.info.name],
+            summaries=[s for s in table.summaries if s.metric == column.info.name],
+            links=links,
+            max_dots=most,
+        )
+        for column in columns
+    ]
+    return [plot for plot in plots if plot is not None]
+
+
+def _clip_values(
+    columns: Sequence[MetricColumn],
+    rows: Sequence[_VideoRow],
+    media: Mapping[str, GalleryMedia],
+    frames: Sequence[FrameScores],
+    preview_frames: int,
+) -> dict[str, Any]:
+    """What the section of clips needs."""
+    scored = [column for column in columns if not column.info.of_set]
+    shown: list[ScoredVideo] = [row for row in rows if row.clip is not None]
+    if not scored or not shown:
+        return {"clips": [], "data": None}
+    cards = clip_cards(
+        scored[0].label,
+        higher_is_better=scored[0].higher_is_better,
+        column=0,
+        videos=shown,
+        media=media,
+    )
+    numbers = {row.clip_id: row.clip for row in rows if row.clip is not None}
+    labels = [(column.info, column.label, column.unit) for column in scored]
+    data = clip_data(labels, shown, numbers, frames, preview_frames=preview_frames)
+    return {"clips": cards, "data": data}

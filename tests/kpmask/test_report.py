@@ -458,16 +458,6 @@ def test_dots_stand_where_their_values_are() -> None:
     assert all(14 <= x <= 346 for x in circles)
 
 
-def test_examples_are_best_middle_and_worst() -> None:
-    table, scores = score_table()
-    media = {s.clip_id: GalleryMedia("a.png", "b.mp4", "c.mp4") for s in scores}
-    text = Page(
-        evaluation_page(title="x", table=table, scores=scores, failures=[], media=media)
-    ).text
-    for word, value in (("best", 0.04), ("middle", 0.046), ("worst", 0.052)):
-        assert f"{word}: L1 {value:.4f}" in text
-
-
 def test_not_a_number_does_not_break_a_page() -> None:
     table, scores = score_table()
     broken = [dataclasses.replace(s, value=math.nan) for s in scores]
