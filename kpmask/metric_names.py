@@ -58,6 +58,7 @@ METRICS: Final = (
     *KEYPOINT_METRICS,
     *MOTION_METRICS,
     *IDENTITY_METRICS,
+    *SET_METRICS,
 )
 _ESTIMATORS: Final[tuple[str, ...]] = (*get_args(PointsName), *get_args(EmbeddingName))
 

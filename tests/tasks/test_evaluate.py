@@ -39,7 +39,9 @@ from kpmask.records import (
     from_table,
     to_table,
 )
-from tasks.evaluate import PairWorker, ScoreItem, ScoreSettings, VideoPair, evaluate, plan
+from tasks.evaluate import evaluate, plan
+from tasks.score_plan import ScoreItem, VideoPair
+from tasks.score_worker import PairWorker, ScoreSettings
 
 SIDE_PX = 32
 LIMITS = MediaLimits(min_side_px=16)
@@ -329,7 +331,7 @@ def test_frames_are_matched_by_number_whatever_the_rate(tmp_path: Path) -> None:
     settings = ScoreSettings.of(job_of(tmp_path, generated="a", reference="b"))
     slow, fast = (
         PairWorker(settings).process(
-            ScoreItem(VideoPair("id", "n", str(path), str(paths[2])), preview=False)
+            ScoreItem(VideoPair("id", "n", str(path), str(paths[2])), preview=False, entry="e")
         )
         for path in paths[:2]
     )
@@ -359,9 +361,13 @@ def test_videos_out_of_step_are_refused(
     settings = ScoreSettings.of(job_of(tmp_path, generated="a", reference="b"))
     uris = [str(folders / side / f"{name}.mp4") for side in ("generated", "reference")]
     with pytest.raises(MediaError) as caught:
-        PairWorker(settings).process(ScoreItem(VideoPair("id", name, *uris), preview=True))
+        PairWorker(settings).process(
+            ScoreItem(VideoPair("id", name, *uris), preview=True, entry="e")
+        )
     assert caught.value.code == code
     with pytest.raises(MediaError) as swapped:
-        PairWorker(settings).process(ScoreItem(VideoPair("id", name, *uris[::-1]), preview=True))
+        PairWorker(settings).process(
+            ScoreItem(VideoPair("id", name, *uris[::-1]), preview=True, entry="e")
+        )
     assert swapped.value.code == code
     assert list(tmp_path.iterdir()) == []
