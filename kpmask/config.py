@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from kpmask.errors import ConfigError
-from kpmask.metric_names import known_metric
+from kpmask.metric_names import SET_METRICS, known_metric
 from kpmask.model_config import SYSTEMS, Fraction, ModelConfig, Part, PositiveInt, Weight
 from kpmask.records import (
     MAX_GIF_FPS,
@@ -709,6 +709,11 @@ class CompareJob(Part):
             raise ValueError("give steps or minutes, not both")
         if self.train.num_workers != 1:
             raise ValueError("a comparison trains with one worker: train.num_workers must be 1")
+        if of_sets := [name for name in self.metrics if name in SET_METRICS]:
+            raise ValueError(
+                f"{', '.join(of_sets)}: has no value for a video, by which systems are compared; "
+                "kpmask evaluate has it"
+            )
         for system in self.systems:
             _check_compared(system, self.steps)
         phases = [phase for system in self.systems for phase in system.phases]

@@ -1,15 +1,16 @@
-"""Whether two tables' numbers may stand in one column: where they were measured alike."""
+"""Whether numbers may stand in one column: where they were measured alike, on as much."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Final
 
 from kpmask.errors import ConfigError
 from kpmask.records import MetricInfo, ScoreTable
 
+MAX_COVERAGE_GAP: Final = 0.01
 # What does not change a number: whose licence it is under.
 _NOT_MEASURED: Final = frozenset({"licence"})
 
@@ -37,6 +38,21 @@ def _refuse_different(first: MetricInfo, second: MetricInfo) -> None:
                 subject=first.name,
                 hint="score both again with the same version, weights and protocol",
             )
+
+
+def covered_alike(shares: Sequence[float | None]) -> bool:
+    """Whether values that leave frames out are of about as many frames each.
+
+    Where they are not, one may be better for no reason but what could not be found in its frames.
+
+    Args:
+        shares: of frames that each value is of, in [0, 1]; None where it is not known.
+    """
+    known = [share for share in shares if share is not None]
+    if len(known) < len(shares):
+        return False
+    # A little more than the gap, which is a difference of two decimal fractions.
+    return not known or max(known) - min(known) <= MAX_COVERAGE_GAP + 1e-9
 
 
 def same_tables(tables: Mapping[str, ScoreTable]) -> None:

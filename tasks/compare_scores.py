@@ -16,20 +16,19 @@ from pathlib import Path
 from typing import Final, get_args
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from kpmask import checkpoint
 from kpmask.animate import Animator, to_frames, to_tensor
 from kpmask.data.dataset import Dataset
-from kpmask.errors import ItemError
-from kpmask.evaluate import FramePair, reconstruct, score_video, video_scores
+from kpmask.evaluate import FramePair, animated, reconstruct, scored_video, video_scores
 from kpmask.media.roundtrip import through_codec
 from kpmask.metrics import build_metrics
 from kpmask.metrics.foreground import transfer_scores
 from kpmask.model_config import Ablation
 from kpmask.models.refined_mask import RefinedMaskSystem
-from kpmask.records import ClipRecord, ComparedMethod, ComparedScore, Motion, Protocol
+from kpmask.records import ClipRecord, ClipScores, ComparedMethod, ComparedScore, Motion, Protocol
+from kpmask.score_settings import suits
 
 Frames = NDArray[np.uint8]  # THWC RGB
 Frame = NDArray[np.uint8]  # HWC RGB
@@ -142,6 +141,7 @@ class _Work:
     num_done: int = 0
 
     def __post_init__(self) -> None:
+        self.metrics = build_metrics(self.scoring.metrics)
         motions = self.variants[""].system.motions
         self.motions = [motion for motion in CROSS if motion in motions]
         each = len(self.scoring.clips) + len(self.scoring.pairs) * len(self.motions)
@@ -154,26 +154,27 @@ class _Work:
     # --- reconstruction ---
 
     def reconstruct(self) -> None:
-        metrics = build_metrics(self.scoring.metrics)
         shown = {clip.clip_id for clip in self.scoring.shown_clips()}
         for (variant, animator), clip in itertools.product(
             self.variants.items(), self.scoring.clips
         ):
-            # Some systems are published with scores of a simpler way than they animate.
-            draw = as_animated if variant else reconstruct
             kept: list[Frames] = []
-            pairs = _watched(draw(animator, self._chunks(clip)), kept)
+            pairs = _watched(self._drawn(animator, variant, clip), kept)
             with self._codec(clip) if not variant else nullcontext() as codec:
-                found = score_video(
-                    pairs, metrics, clip_id=clip.clip_id, name=clip.name, codec=codec
+                found = scored_video(
+                    pairs, self.metrics, clip_id=clip.clip_id, name=clip.name, codec=codec
                 )
-            for score in video_scores([found]):
-                if score.method == "model" or not variant:
-                    values = (score.metric, score.value, score.num_frames)
-                    self._add("reconstruction", variant, clip, score.method, values)
+            self._add_scores("reconstruction", variant, clip, found.scores, own=bool(variant))
             if not variant and clip.clip_id in shown:
                 self.pictures[clip.clip_id] = np.concatenate(kept)[:SHOWN_FRAMES]
             self._step()
+
+    def _drawn(self, animator: Animator, variant: str, clip: ClipRecord) -> Iterator[FramePair]:
+        if not variant:
+            return reconstruct(animator, self._chunks(clip))
+        # Some systems are published with scores of a simpler way than they animate.
+        (source_HWC,) = self.scoring.dataset.read(clip, [0])
+        return animated(animator, source_HWC, self._chunks(clip), motion="absolute")
 
     def _chunks(self, clip: ClipRecord) -> Iterator[Frames]:
         for start in range(0, clip.num_frames, BATCH_FRAMES):
@@ -191,10 +192,13 @@ class _Work:
         for (variant, animator), motion, pair in itertools.product(
             self.variants.items(), self.motions, self.scoring.pairs
         ):
-            videos = tuple(self.scoring.driving_frames(clip) for clip in pair)
+            source, driving = pair
+            videos = self.scoring.driving_frames(source), self.scoring.driving_frames(driving)
             generated = animator.animate(videos[0][0], videos[1], motion=motion)
             self._add_cross(CROSS[motion], variant, pair, "model", (generated, *videos))
-            if not variant and motion == "absolute":
+            first = not variant and motion == "absolute"
+            self._add_estimated(CROSS[motion], variant, pair, (generated, *videos), own=not first)
+            if first:
                 self._add_references(pair, *videos)
                 if pair_id(pair) in shown:
                     self.pictures[pair_id(pair)] = generated[:SHOWN_FRAMES]
@@ -222,7 +226,47 @@ class _Work:
         for metric, value in found.items():
             self._add(protocol, variant, pair, method, (metric, value, len(videos[0])))
 
+    def _add_estimated(
+        self,
+        protocol: Protocol,
+        variant: str,
+        pair: Pair,
+        videos: tuple[Frames, Frames, Frames],
+        *,
+        own: bool,
+    ) -> None:
+        """What estimators find in an animation, beside its source and its driving video."""
+        metrics = [metric for metric in self.metrics if suits(metric.name, "cross")]
+        if not metrics:
+            return
+        generated_THWC, source_THWC, driving_THWC = videos
+        clip_id, name = _names(pair)
+        found = scored_video(
+            [(to_tensor(generated_THWC), to_tensor(driving_THWC))],
+            metrics,
+            clip_id=clip_id,
+            name=name,
+            source_HWC=source_THWC[0],
+            also_driving=True,
+        )
+        self._add_scores(protocol, variant, pair, found.scores, own=own)
+
     # --- rows ---
+
+    def _add_scores(
+        self,
+        protocol: Protocol,
+        variant: str,
+        of: ClipRecord | Pair,
+        scores: ClipScores,
+        *,
+        own: bool,
+    ) -> None:
+        """All scores of a video; `own` leaves out those of other methods than the system."""
+        for score in video_scores([scores]):
+            if score.method == "model" or not own:
+                values = (score.metric, score.value, score.num_frames)
+                self._add(protocol, variant, of, score.method, values)
 
     def _add(
         self,
@@ -253,22 +297,6 @@ def _names(of: ClipRecord | Pair) -> tuple[str, str]:
     if isinstance(of, ClipRecord):
         return of.clip_id, of.name
     return pair_id(of), f"{of[0].name} by {of[1].name}"
-
-
-def as_animated(animator: Animator, chunks: Iterable[Frames]) -> Iterator[FramePair]:
-    """As `reconstruct`, by all that the system does when it animates.
-
-    Raises:
-        ItemError: a pixel is drawn that is no number.
-    """
-    source = None
-    for frames_THWC in chunks:
-        if source is None:
-            source = animator.encode_source(frames_THWC[0])
-        generated = animator.render(source, animator.encode_driving(frames_THWC))
-        if not torch.isfinite(generated).all():
-            raise ItemError("the model draws pixels that are no numbers")
-        yield generated, to_tensor(frames_THWC, device=animator.device)
 
 
 def _watched(pairs: Iterable[FramePair], kept: list[Frames]) -> Iterator[FramePair]:

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from markupsafe import Markup
 
+from kpmask.measure import covered_alike
 from kpmask.records import (
     ComparedMethod,
     ComparedRow,
@@ -20,7 +21,7 @@ from kpmask.records import (
     MetricInfo,
     StepMetrics,
 )
-from kpmask.report.evaluation import METRICS
+from kpmask.report.metric_labels import FOUND, metric_label
 from kpmask.report.page import Tile, duration, num, render
 from kpmask.report.run import INK
 
@@ -46,7 +47,6 @@ CROSS_LABELS: Final[Mapping[str, tuple[str, str]]] = {
         "1 the driver's.",
     ),
 }
-LABELS: Final = {**METRICS, **CROSS_LABELS}
 COLOURS: Final = (
     "#0e8f9b",
     "#c8711c",
@@ -80,10 +80,14 @@ class Strip:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A value as it is shown; `best` of its column."""
+    """A value as it is shown; `best` of its column.
+
+    `coverage` is the share of frames in which its estimator found something.
+    """
 
     value: ComparedValue | None
     best: bool
+    coverage: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,11 +142,17 @@ def comparison_page(
         comparison=comparison,
         tiles=tiles,
         tables=comparison_tables(comparison),
-        labels=LABELS,
+        labels={info.name: _label_of(info) for info in comparison.metrics},
         duration=duration,
         curves=Markup(curves_svg),  # noqa: S704 - made by comparison_curves_svg
         strips=strips,
     )
+
+
+def _label_of(info: MetricInfo) -> tuple[str, str]:
+    """What a metric is called, and what it is."""
+    found = metric_label(info.name)
+    return CROSS_LABELS.get(info.name, (found.label, found.text))
 
 
 # --- tables ----------------------------------------------------------------------------------
@@ -215,8 +225,9 @@ def _table(
     table_rows = []
     for row in rows:
         values = {value.metric: value for value in row.values}
+        place = (row.system, row.variant, row.protocol)
         cells = [
-            Cell(values.get(info.name), best[info.name] == (row.system, row.variant, row.protocol))
+            Cell(values.get(info.name), best[info.name] == place, _coverage(info, row))
             for info in metrics
         ]
         first = runs[row.system][0] if row.system else None
@@ -224,8 +235,17 @@ def _table(
     return Table(name, title, note, metrics, table_rows)
 
 
+def _coverage(info: MetricInfo, row: ComparedRow) -> float | None:
+    means = {value.metric: value.mean for value in row.values}
+    return means.get(info.coverage) if info.coverage else None
+
+
 def _best(info: MetricInfo, rows: Sequence[ComparedRow]) -> tuple[str, str, str] | None:
-    """Which system's row has the best mean."""
+    """Which system's row has the best mean, of means that compare."""
+    rivals = [row for row in rows if row.system and info.name in {v.metric for v in row.values}]
+    alike = covered_alike([_coverage(info, row) for row in rivals])
+    if info.name.endswith(FOUND) and not alike:
+        return None
     means = {
         (row.system, row.variant, row.protocol): value.mean
         for row in rows

@@ -428,6 +428,39 @@ def test_tables(comparison: Comparison) -> None:
     assert [cell.value and cell.value.mean for cell in no_id.cells] == [0.02, None]
 
 
+def test_values_that_leave_frames_out_are_best_only_where_as_much_was_found(
+    comparison: Comparison,
+) -> None:
+    names = ("akd_movenet_found", "akd_movenet", "coverage_movenet")
+    infos = tuple(
+        MetricInfo(name, "1", "a" * 64, "MIT", up, estimator="movenet", coverage=cover)
+        for name, up, cover in zip(
+            names, (False, False, True), (names[2], names[2], ""), strict=True
+        )
+    )
+
+    def marks(coverages: tuple[float, float]) -> list[list[bool]]:
+        rows = [
+            ComparedRow(
+                "reconstruction",
+                system,
+                "",
+                "model",
+                (value(names[0], mean), value(names[1], mean), value(names[2], share)),
+            )
+            for system, mean, share in zip(("fomm", "refined"), (2.0, 1.0), coverages, strict=True)
+        ]
+        table = comparison_tables(dataclasses.replace(comparison, metrics=infos, rows=tuple(rows)))[
+            0
+        ]
+        assert tuple(row.cells[0].coverage for row in table.rows) == coverages
+        assert all(row.cells[2].coverage is None for row in table.rows)
+        return [[cell.best for cell in row.cells] for row in table.rows]
+
+    assert marks((0.98, 0.98)) == [[False, False, True], [True, True, False]]
+    assert marks((0.98, 0.5)) == [[False, False, True], [False, True, False]]
+
+
 def test_page(comparison: Comparison) -> None:
     curves = [
         Curve("fomm", [step("fomm", n, 8.0, 5.0 / n) for n in range(1, 9)], [(4, 0.2), (8, 0.1)]),

@@ -22,8 +22,9 @@ from kpmask import Animator
 from kpmask.config import CompareJob, TrainJob, resolve_job
 from kpmask.data.shards import ShardWriter
 from kpmask.errors import ConfigError, DatasetError
-from kpmask.estimators import point_estimator
+from kpmask.estimators import Keypoints, point_estimator
 from kpmask.media import images
+from kpmask.metrics import keypoints, motion
 from kpmask.records import ClipRecord, ComparedScore, DatasetManifest, Progress, ValidationScore
 from tasks.compare import compare
 from tasks.compare_plan import open_comparison, plan, seconds_per_step
@@ -319,6 +320,48 @@ def test_other_metrics_and_pairs_score_again_and_train_nothing(data: str, tmp_pa
     assert {s.metric for s in scores_of(out) if s.protocol == "reconstruction"} == {"l1", "psnr"}
     pairs = {s.clip_id for s in scores_of(out) if s.protocol == "cross-absolute"}
     assert len(pairs) == 2
+
+
+class Extremes:
+    """Where a frame is brightest and darkest: an estimator that the test can do by itself."""
+
+    name, version, weights_sha256, licence = "movenet", "1", "a" * 64, "Apache-2.0"
+    subject, num_points, of_papers = "person", 2, False
+
+    def estimate(self, frames_THWC: np.ndarray) -> Keypoints:
+        points = np.array([extremes(frame) for frame in frames_THWC])
+        return Keypoints(points_TK2=points, scores_TK=np.ones(points.shape[:2]))
+
+
+def extremes(frame_HWC: np.ndarray) -> np.ndarray:
+    """Both points (K2), x and y."""
+    grey = frame_HWC.sum(-1, dtype=int)
+    places = [np.unravel_index(index, grey.shape)[::-1] for index in (grey.argmax(), grey.argmin())]
+    return np.array(places, float)
+
+
+def test_animations_are_scored_by_what_estimators_find(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (keypoints, motion):
+        monkeypatch.setattr(module, "point_estimator", lambda name: Extremes())
+    settings = {"steps": 1, "metrics": ["l1", "akd_movenet", "akd_motion_movenet"]}
+    compare(job(data, tmp_path / "out", "fomm", **settings))
+    rows = [s for s in scores_of(tmp_path / "out") if s.protocol.startswith("cross")]
+    found = {(s.protocol, s.method, s.metric) for s in rows}
+    assert {m for p, method, m in found if (p, method) == ("cross-relative", "model")} >= {
+        *("akd_movenet", "akd_motion_movenet", "coverage_movenet"),
+    }
+    assert not any(metric == "l1" for _, _, metric in found)  # there are no true frames
+    values = {(s.method, s.metric, s.clip_id): s.value for s in rows if s.method != "model"}
+    clips = {c.clip_id: c for c in open_dataset(data, holdout_fraction=0.6).partition("test")}
+    view = open_dataset(data, holdout_fraction=0.6)
+    for (method, metric, name), value in values.items():
+        if metric != "akd_movenet":
+            continue
+        source, driving = (view.read(clips[part]) for part in name.split("-by-"))
+        apart = [np.abs(extremes(source[0]) - extremes(f)).mean() for f in driving]
+        assert value == pytest.approx(0 if method == "driving" else np.mean(apart[1:]))
 
 
 def test_metrics_without_weights_are_refused_before_training(
