@@ -25,7 +25,7 @@ from kpmask.data.detectors import one_thread
 from kpmask.errors import CheckpointError
 from kpmask.estimators import Frames, Keypoints, Subject
 from kpmask.estimators.frames import EachFrame
-from kpmask.estimators.networks import frozen, load_weights, network_device, whole_floats
+from kpmask.estimators.networks import load_weights, network_device, whole_floats
 from kpmask.estimators.s3fd import FaceBoxes
 from kpmask.estimators.weights import digest_of, find
 
@@ -145,7 +145,7 @@ class Fan:
         self.weights_sha256 = weights_sha256
         self._boxes = boxes
         self._device = network_device()
-        self._network = frozen(network).to(self._device)
+        self._network = network.eval().to(self._device)
         self._each = EachFrame(self._face, shape=(NUM_POINTS, 3), name=self.name)
 
     @classmethod
