@@ -147,6 +147,8 @@ class Chromium:
                 self.complaints.append(str(details["exceptionDetails"]))
             case "Log.entryAdded":
                 self.complaints.append(details["entry"]["text"])
+            case "Runtime.consoleAPICalled" if details["type"] in ("error", "warning", "assert"):
+                self.complaints.append(str([part.get("value") for part in details["args"]]))
             case "Page.loadEventFired":
                 self._loaded = True
 
@@ -165,6 +167,13 @@ class Chromium:
         self.call("Page.navigate", url=page.as_uri())
         while not self._loaded:
             self._read()
+
+    def prefer(self, *, media: str = "", **features: str) -> None:
+        """What a page is told of who looks at it: `media` is screen or print, features are such as
+        `prefers_color_scheme`; what is not named is as the browser has it.
+        """
+        named = [{"name": n.replace("_", "-"), "value": value} for n, value in features.items()]
+        self.call("Emulation.setEmulatedMedia", media=media, features=named)
 
     def evaluate(self, expression: str) -> Any:
         """The JSON value of a JavaScript expression; a promise is waited for."""
