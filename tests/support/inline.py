@@ -101,3 +101,9 @@ def inline_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tasks.preprocess.run_items", run_inline)
     monkeypatch.setattr("tasks.fetching.run_items", run_inline)
     monkeypatch.setattr("tasks.preprocess.ray_session", nullcontext)
+
+
+def inline_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the evaluate job score here, for the test."""
+    monkeypatch.setattr("tasks.evaluate.run_items", run_inline)
+    monkeypatch.setattr("tasks.evaluate.ray_session", nullcontext)

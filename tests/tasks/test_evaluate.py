@@ -12,10 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from kpmask import Animator, checkpoint
-from kpmask.config import Cluster, EvaluateJob, MediaLimits, ScoreProtocol
+from kpmask import Animator
+from kpmask.config import ScoreProtocol
 from kpmask.data.dataset import Dataset
-from kpmask.data.shards import ShardWriter
 from kpmask.errors import (
     CheckpointError,
     ConfigError,
@@ -28,7 +27,6 @@ from kpmask.evaluate import reconstruct
 from kpmask.media import images
 from kpmask.media.encode import encode
 from kpmask.metric_names import PICTURE_METRICS
-from kpmask.model_config import Hourglass, KeypointDetector, KeypointMaskModel, LowResolution
 from kpmask.models import build_system
 from kpmask.records import (
     ClipRecord,
@@ -42,96 +40,22 @@ from kpmask.records import (
 from tasks.evaluate import evaluate, plan
 from tasks.score_plan import ScoreItem, VideoPair
 from tasks.score_worker import PairWorker, ScoreSettings
-
-SIDE_PX = 32
-LIMITS = MediaLimits(min_side_px=16)
-MODEL = KeypointMaskModel(
-    image_size_px=SIDE_PX,
-    detector=KeypointDetector(
-        block_expansion=4, num_blocks=2, max_features=8, num_keypoints=5, scale_factor=0.5
-    ),
-    low_resolution=LowResolution(scale_factor=0.5, block_expansion=4, num_bottleneck_blocks=1),
-    high_resolution=Hourglass(block_expansion=4, num_blocks=2, max_features=8),
+from tests.support.evaluations import (
+    MODEL,
+    job_of,
+    make_dataset,
+    model_job,
+    some_frames,
+    write_weights,
 )
-LENGTHS = {"test": (11, 5, 1), "train": (4,)}
-
-
-def some_frames(count: int, *, seed: int = 0, side_px: int = SIDE_PX) -> np.ndarray:
-    """A bright square that wanders over stripes."""
-    frames = np.zeros((count, side_px, side_px, 3), np.uint8)
-    frames[:, :, ::4] = 40 + 10 * seed
-    for t in range(count):
-        left, top = (3 * t + 5 * seed) % (side_px - 12), (5 * t + seed) % (side_px - 12)
-        frames[t, top : top + 12, left : left + 12] = (250, 120 + 10 * (t % 8), 30 + 20 * seed)
-    return frames
-
-
-def make_dataset(root: Path, *, side_px: int = SIDE_PX) -> Path:
-    """Three test clips and one training clip, a shard a split."""
-    records, row_of = [], {"test": 0, "train": 0}
-    for partition, lengths in LENGTHS.items():
-        (root / partition).mkdir(parents=True)
-        with ShardWriter(root / partition / "shard-00000.arrow") as writer:
-            for number, length in enumerate(lengths):
-                frames = some_frames(length, seed=number, side_px=side_px)
-                clip_id = f"{partition}{number}"
-                writer.add(clip_id, 25.0, [images.encode_png(frame) for frame in frames])
-                records.append(clip_record(clip_id, partition, row_of[partition], length, side_px))
-                row_of[partition] += 1
-    pq.write_table(to_table(records, ClipRecord), root / "manifest.parquet")
-    (root / "stats.json").write_text(json.dumps({"dataset_id": "d" * 64}))
-    return root
-
-
-def clip_record(clip_id: str, partition: Any, row: int, length: int, side_px: int) -> ClipRecord:
-    return ClipRecord(
-        clip_id=clip_id,
-        name=f"name of {clip_id}",
-        partition=partition,
-        identity=clip_id,
-        video_id=clip_id,
-        shard=f"{partition}/shard-00000.arrow",
-        row=row,
-        num_frames=length,
-        fps=25.0,
-        width_px=side_px,
-        height_px=side_px,
-        start_s=0.0,
-        end_s=length / 25,
-        crop_px=(0, 0, side_px, side_px),
-        clamped=False,
-        num_frames_lost=0,
-        sha256="0" * 64,
-    )
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
-    torch.manual_seed(7)
-    system = build_system(MODEL)
-    for parameter in system.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.1)
-    checkpoint.save(folder / "w.safetensors", system, {"perceptual": "none"})
+    write_weights(folder / "w.safetensors")
     make_dataset(folder / "data")
     return folder
-
-
-def job_of(out: Path, **values: Any) -> EvaluateJob:
-    given: dict[str, Any] = {
-        "out": str(out),
-        "device": "cpu",
-        "batch_size": 4,
-        "limits": LIMITS,
-        "cluster": Cluster(num_workers=1),
-    }
-    return EvaluateJob(**(given | values))
-
-
-def model_job(inputs: Path, out: Path, **values: Any) -> EvaluateJob:
-    given = {"checkpoint": str(inputs / "w.safetensors"), "data": str(inputs / "data")}
-    return job_of(out, **(given | values))
 
 
 def read_scores(out: Path) -> list[VideoScore]:
