@@ -26,6 +26,7 @@ Verdict = Literal["ok", "note", "bad"]
 MIN_SHM_BYTES = 256 * 2**20
 MIN_DISK_BYTES = 5 * 2**30
 STALE_DOWNLOADER_DAYS = 90
+_READY = frozenset({"fetched", "installed", "added"})  # states of weights
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,22 @@ def _weights() -> Check:
     return Check("weights", "ok", f"{names}: checksums right")
 
 
+def _estimators() -> Check:
+    """Which estimators have their weights. All are optional: evaluation says what it lacks."""
+    from kpmask.estimators.weights import NEEDED, state_of
+
+    states = {name: state_of(name) for name in {n for each in NEEDED.values() for n in each}}
+    ready = [e for e, names in NEEDED.items() if all(states[n] in _READY for n in names)]
+    text = f"ready: {', '.join(ready) or 'none'}"
+    if lacking := [e for e in NEEDED if e not in ready]:
+        text += f"; without weights: {', '.join(lacking)}"
+    if damaged := sorted(name for name, state in states.items() if state == "damaged"):
+        text += f"; damaged: {', '.join(damaged)}"
+        return Check("estimators", "bad", text, "kpmask weights fetch or add them again")
+    mend = "kpmask weights list says where each is to be had" if lacking else ""
+    return Check("estimators", "note" if lacking else "ok", text, mend)
+
+
 def _credentials() -> Check:
     """Whether results can be signed; the development certificate is made with the first of them."""
     from kpmask import certificates, provenance
@@ -228,6 +245,7 @@ CHECKS: Sequence[Callable[[], Check]] = (
     _downloader,
     _perceptual,
     _weights,
+    _estimators,
     _credentials,
     _prefect,
     _ray,

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from kpmask import pretrained
 from kpmask.errors import CheckpointError, ConfigError
+from kpmask.estimators import check_weights
 from kpmask.estimators.weights import (
     KNOWN,
     OWN,
@@ -44,7 +45,8 @@ def add_weights(name: str, file: Path, *, replace: bool = False) -> None:
     Raises:
         ConfigError: there are no such weights or no such file.
         CheckpointError: it is longer than such weights are, or its digest is not the published
-            one, or not that of the file that was added before. Nothing of it is kept.
+            one, or not that of the file that was added before, or it is of another network.
+            Nothing of it is kept.
         StorageError: the file cannot be read, or the cache cannot be written.
     """
     weights = _own(name)
@@ -128,6 +130,7 @@ def _add(weights: OwnWeights, file: Path, workplace: Path, *, replace: bool) -> 
     part = workplace / weights.file_name
     sha256 = _copied(file, part, weights)
     _admit(weights, sha256, file, replace=replace)
+    _check(weights, part, file)
     path = own_file(weights, sha256)
     path.parent.mkdir(exist_ok=True)
     part.replace(path)
@@ -172,6 +175,14 @@ def _admit(weights: OwnWeights, sha256: str, file: Path, *, replace: bool) -> No
             hint=f"kpmask weights add {weights.name} FILE --replace; older numbers do not "
             "compare with new ones then",
         )
+
+
+def _check(weights: OwnWeights, part: Path, file: Path) -> None:
+    try:
+        check_weights(weights.name, part)
+    except CheckpointError as error:
+        cause = f"is not of the network of {weights.name}: {error.cause}"
+        raise CheckpointError(cause, subject=str(file), hint=weights.source) from error
 
 
 def _pin(weights: OwnWeights, sha256: str, workplace: Path) -> None:

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, Literal, Protocol, get_args
 
 import numpy as np
@@ -161,3 +162,22 @@ def embedding_estimator(name: EmbeddingName) -> EmbeddingEstimator:
     from kpmask.estimators.reid import ReId
 
     return ReId.load(name)
+
+
+def check_weights(name: str, path: Path) -> None:
+    """See that a file is of the network that it was brought for, where its digest does not say so.
+
+    Args:
+        name: of the weights, not of an estimator.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    if name == "openpose":
+        from kpmask.estimators.openpose import read_network
+
+        read_network(path)
+    elif name == "reid":
+        from kpmask.estimators.reid import read_network as read_reid
+
+        read_reid(path)

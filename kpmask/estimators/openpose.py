@@ -12,6 +12,7 @@ Its weights for torch are those that the papers' evaluation uses. Two estimators
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, Literal
 
 import cv2
@@ -142,9 +143,7 @@ class OpenPose:
     def load(cls, name: Literal["openpose", "openposeone"]) -> OpenPose:
         """Raises `find`'s errors."""
         found = find("openpose")
-        network = PoseNetwork()
-        load_weights(network, found.paths[0])
-        return cls(name, network, weights_sha256=found.sha256)
+        return cls(name, read_network(found.paths[0]), weights_sha256=found.sha256)
 
     def estimate(self, frames_THWC: Frames) -> Keypoints:
         """See `PointEstimator`. A score is the height of a joint's peak."""
@@ -203,6 +202,17 @@ class OpenPose:
             np.ascontiguousarray(each[0, :, : cells[0], : cells[1]].permute(1, 2, 0).cpu().numpy())
             for each in found
         ]
+
+
+def read_network(path: Path) -> PoseNetwork:
+    """The network in a file of tensors.
+
+    Raises:
+        CheckpointError: it is another's, or none.
+    """
+    network = PoseNetwork()
+    load_weights(network, path)
+    return network
 
 
 def _resized(image_HWC: NDArray[np.uint8], short_px: float) -> NDArray[np.uint8]:

@@ -15,6 +15,7 @@ Vectors are as long as the network makes them, as in the papers: distances have 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final, Literal
 
 import numpy as np
@@ -116,9 +117,7 @@ class ReId:
     def load(cls, name: Literal["reid", "reidpaper"]) -> ReId:
         """Raises `find`'s errors."""
         found = find("reid")
-        network = ResNet50()
-        load_weights(network, found.paths[0], unread=("classifier.", "fc."), prefix="model.")
-        return cls(name, network, weights_sha256=found.sha256)
+        return cls(name, read_network(found.paths[0]), weights_sha256=found.sha256)
 
     def estimate(self, frames_THWC: Frames) -> NDArray[np.float64]:
         """See `EmbeddingEstimator`."""
@@ -136,6 +135,17 @@ class ReId:
         with one_thread(), torch.inference_mode(), whole_floats():
             vector_ND = self._network(((image_CHW - mean) / std)[None])
         return np.asarray(vector_ND[0].cpu().numpy(), np.float64)
+
+
+def read_network(path: Path) -> ResNet50:
+    """The network in a file of tensors, whose last layers are not read.
+
+    Raises:
+        CheckpointError: it is another's, or none.
+    """
+    network = ResNet50()
+    load_weights(network, path, unread=("classifier.", "fc."), prefix="model.")
+    return network
 
 
 def _normalise_by_frame(network: nn.Module) -> None:

@@ -331,6 +331,29 @@ OWN: Final[dict[str, OwnWeights]] = {
 }
 
 
+# What each estimator, and each metric that looks through a network, needs.
+NEEDED: Final[dict[str, tuple[str, ...]]] = {
+    "facemesh": ("yunet", "facemesh"),
+    "movenet": ("movenet",),
+    "fan": ("s3fd", "fan"),
+    "openpose": ("openpose",),
+    "openposeone": ("openpose",),
+    "sface": ("yunet", "sface"),
+    "reid": ("reid",),
+    "reidpaper": ("reid",),
+    "openface": ("openface",),
+    "arcface": ("yunet", "arcface"),
+    "lpips": ("alexnet", "lpips"),
+    "fid": ("inception",),
+    "fvd": ("i3d",),
+}
+
+
+def state_of(name: str) -> State:
+    """Whether the weights of this name, of either kind, are here, and how they came."""
+    return state(KNOWN[name]) if name in KNOWN else own_state(OWN[name])
+
+
 def find(name: str) -> Found:
     """The weights of this name, of either kind.
 

@@ -11,12 +11,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from flows import doctor
 from flows.cli import app
 from kpmask.errors import CheckpointError, ConfigError, StorageError
 from kpmask.estimators.weights import (
     KNOWN,
+    NEEDED,
     OWN,
     OwnWeights,
     find,
@@ -25,6 +28,7 @@ from kpmask.estimators.weights import (
     own_state,
     pin_file,
 )
+from kpmask.metric_names import METRICS, estimator_of
 from tasks import weights_add
 from tasks.weights_add import add_weights
 from tasks.weights_fetch import fetch_weights, weights_rows
@@ -171,6 +175,19 @@ def test_a_kill_before_the_pin_leaves_what_was_before(
     assert find(FREE.name).sha256 == sha256(CONTENT)
 
 
+def test_a_file_of_another_network_is_refused_and_not_pinned(tmp_path: Path) -> None:
+    path = tmp_path / "pose_model.pth"
+    for name, key in (("openpose", r"has no model0\.0\.bias"), ("reid", r"has no bn1\.bias")):
+        torch.save({"weight": torch.zeros(2)}, path)
+        with pytest.raises(CheckpointError, match=f"not of the network of {name}: {key}"):
+            add_weights(name, path)
+        path.write_bytes(b"cposix\nsystem\n(S'touch /tmp/never'\ntR.")
+        with pytest.raises(CheckpointError, match="tensors alone") as caught:
+            add_weights(name, path)
+        assert caught.value.subject == str(path)
+        assert own_state(OWN[name]) == "absent"
+
+
 # --- from the web ----------------------------------------------------------------------------
 
 
@@ -268,3 +285,20 @@ def test_names_are_of_one_kind_and_digests_as_torch_hub_has_them() -> None:
         assert all(
             len(p) >= 8 and set(p) <= set("0123456789abcdef") for p in weights.sha256_prefixes
         )
+
+
+def test_the_doctor_says_which_estimators_are_ready(files: tuple[Path, Path]) -> None:
+    assert {estimator for name in METRICS if (estimator := estimator_of(name))} <= set(NEEDED)
+    assert {name for needed in NEEDED.values() for name in needed} <= {*KNOWN, *OWN}
+    check = doctor._estimators()
+    assert check.verdict == "note"
+    assert "fan" in check.found.partition("without weights")[2]
+    path = own_file(OWN["openface"], "a" * 64)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(CONTENT)
+    pin_file(OWN["openface"]).write_text(json.dumps({"sha256": sha256(CONTENT)}))
+    assert doctor._estimators().verdict == "bad"
+    path.parent.rename(path.parent.with_name(sha256(CONTENT)[:16]))
+    check = doctor._estimators()
+    assert "openface" in check.found.partition(";")[0]
+    assert check.verdict == "note"
