@@ -125,6 +125,20 @@ class _MetricGroup:
     columns: Sequence[MetricColumn]
     rows: Sequence[MethodRow]
 
+    @property
+    def protocol(self) -> str:
+        """What the numbers are over: once for those that agree."""
+        return _said_once([(column.short, column.protocol) for column in self.columns])
+
+    @property
+    def made_with(self) -> str:
+        """Estimator, version, weights and licence: once for those that agree."""
+        return _said_once([(column.short, _made_with(column.info)) for column in self.columns])
+
+    @property
+    def is_paired(self) -> bool:
+        return any(column.paired is not None for column in self.columns)
+
 
 @dataclass(frozen=True, slots=True)
 class _VideoRow:
@@ -206,10 +220,11 @@ def evaluation_page(
         groups=_groups(columns, method_rows(table)),
         published=[_published(found, table, columns) for found in PUBLISHED],
         frame={"left": LEFT, "right": RIGHT, "width": WIDTH},
-        plots=_plots(by_video, table, scores, _links(rows[:limit], rows)),
+        plots=_plot_groups(by_video, table, scores, _links(rows[:limit], rows)),
         **_clip_values(columns, rows, media or {}, frames, preview_frames),
         trio=("source", "driving" if table.setting == "cross" else "true", "result"),
         scored=by_video,
+        choices=_choices(by_video),
         videos=rows[:limit],
         hidden_videos=max(0, len(rows) - limit),
         **failure_values(failures),
@@ -391,6 +406,21 @@ def _part(rows: Sequence[MethodRow], places: Sequence[int]) -> list[MethodRow]:
     return [row for row in parts if any(cell.value is not None for cell in row.cells)]
 
 
+def _made_with(info: MetricInfo) -> str:
+    estimator = f"estimator {info.estimator}, " if info.estimator else ""
+    weights = f"weights {info.weights_sha256[:16]}, " if info.weights_sha256 else ""
+    return f"{estimator}version {info.version}, {weights}{info.licence}"
+
+
+def _said_once(said: Sequence[tuple[str, str]]) -> str:
+    """What most have, then the others by name: "this; L1, SSIM: that"."""
+    names: dict[str, list[str]] = defaultdict(list)
+    for name, text in said:
+        names[text].append(name)
+    first, *others = sorted(names, key=lambda text: -len(names[text]))
+    return "; ".join([first, *(f"{', '.join(names[text])}: {text}" for text in others)])
+
+
 def _covers(column: MetricColumn) -> bool:
     """Whether it says how often an estimator found something."""
     return column.info.name.startswith("coverage")
@@ -448,18 +478,20 @@ def _links(listed: Sequence[_VideoRow], rows: Sequence[_VideoRow]) -> dict[str, 
     return links | {row.clip_id: f"#clip-{row.clip}" for row in rows if row.clip is not None}
 
 
-def _plots(
+def _plot_groups(
     columns: Sequence[MetricColumn],
     table: ScoreTable,
     scores: Sequence[VideoScore],
     links: Mapping[str, str],
-) -> list[ScorePlot]:
+) -> list[tuple[str, Sequence[ScorePlot]]]:
+    """Plots under their groups' titles."""
     by_metric: dict[str, list[VideoScore]] = defaultdict(list)
     for score in scores:
         by_metric[score.metric].append(score)
     most = max(2, min(MAX_DOTS, MAX_PAGE_DOTS // max(1, len(columns))))
-    plots = [
-        score_plot(
+    groups: dict[str, list[ScorePlot]] = defaultdict(list)
+    for column in columns:
+        plot = score_plot(
             column.label,
             column.unit,
             higher_is_better=column.higher_is_better,
@@ -468,9 +500,17 @@ def _plots(
             links=links,
             max_dots=most,
         )
-        for column in columns
-    ]
-    return [plot for plot in plots if plot is not None]
+        if plot is not None:
+            groups[column.group].append(plot)
+    return [(title, groups[key]) for key, title in GROUPS.items() if key in groups]
+
+
+def _choices(columns: Sequence[MetricColumn]) -> list[tuple[str, Sequence[tuple[int, str]]]]:
+    """Places and labels of metrics to choose from, under their groups' titles."""
+    groups: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    for place, column in enumerate(columns):
+        groups[column.group].append((place, column.label))
+    return [(title, groups[key]) for key, title in GROUPS.items() if key in groups]
 
 
 def _clip_values(

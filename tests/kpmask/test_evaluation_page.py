@@ -366,8 +366,39 @@ def test_coverage_stands_beside_an_estimators_value() -> None:
 
 def test_a_number_says_what_it_was_made_with() -> None:
     text = Page(page_of()).text
-    assert f"Estimator facemesh, version 1+2, weights {SHA[:16]}, Apache-2.0." in text
-    assert "Version 1, Apache-2.0." in text
+    # Once below the table, and once for each metric with all of the digest.
+    assert text.count(f"Estimator facemesh, version 1+2, weights {SHA[:16]}, Apache-2.0.") == 1
+    assert text.count(f"Estimator facemesh, version 1+2, weights {SHA}, Apache-2.0.") == 3
+    assert text.count("Version 1, Apache-2.0.") == 3
+
+
+def test_what_most_numbers_share_is_said_once() -> None:
+    infos = (info("l1"), info("l1_with_first", counts_first=True), info("ssim"), info("psnr"))
+    table, scores, _ = evaluation(("l1",))
+    table = dataclasses.replace(table, metrics=infos)
+    text = Page(evaluation_page(title="x", table=table, scores=scores, failures=[])).text
+    rest = "frames as they are drawn, mean of the videos' means"
+    assert f"Frame 0 left out, {rest}; L1 with first: frame 0 counted, {rest}." in text
+
+
+def test_the_model_is_held_against_the_copy_video_by_video() -> None:
+    table, scores, _ = evaluation(("l1", "ssim"))
+    html = evaluation_page(title="x", table=table, scores=scores, failures=[])
+    body = re.search(r'<tbody class="paired">(.*?)</tbody>', html, re.S)
+    assert body is not None
+    differences, counts = (re.findall(r"<td.*?</td>", row) for row in body[1].split("</tr>")[:2])
+    for cells, name in ((0, "l1"), (1, "ssim")):
+        found = {m: [s.value for s in scores if (s.metric, s.method) == (name, m)] for m in METHODS}
+        apart = np.array(found["model"]) - np.array(found["copy"])
+        assert f"{apart.mean():+.4f}" in differences[cells]
+        better = int((apart > 0).sum() if name == "ssim" else (apart < 0).sum())
+        assert f">{better}, {NUM_CLIPS - better} " in counts[cells]
+        p_value = (
+            2
+            * 0.5**NUM_CLIPS
+            * sum(math.comb(NUM_CLIPS, k) for k in range(min(better, NUM_CLIPS - better) + 1))
+        )
+        assert f"p = {figure(min(1.0, p_value))}" in counts[cells]
 
 
 def test_sets_are_columns_too() -> None:
@@ -498,9 +529,7 @@ def test_dots_lead_to_the_clip_or_else_to_the_row() -> None:
 
 
 def seen_in(html: str) -> list[str]:
-    return [
-        item["aria-label"] for item in Page(html).of("li", role="group") if "hidden" not in item
-    ]
+    return [item["aria-label"] for item in Page(html).of("article") if "hidden" not in item]
 
 
 def test_without_a_script_the_worst_and_best_are_seen() -> None:
@@ -629,10 +658,10 @@ def page(folder: Path) -> Path:
     return folder / "index.html"
 
 
-SEEN = "[...document.querySelectorAll('#clips > li:not([hidden])')]"
-SEEN_NAMES = f"{SEEN}.map((li) => li.querySelector('h3').textContent)"
-SEEN_LINES = f"{SEEN}.map((li) => li.querySelector('[data-line]').textContent)"
-FIRST = "document.querySelector('#clips > li')"
+SEEN = "[...document.querySelectorAll('#clips > article:not([hidden])')]"
+SEEN_NAMES = f"{SEEN}.map((card) => card.querySelector('h3').textContent)"
+SEEN_LINES = f"{SEEN}.map((card) => card.querySelector('[data-line]').textContent)"
+FIRST = "document.querySelector('#clips > article')"
 TIMES = f"[...{FIRST}.querySelectorAll('video')].map((v) => v.currentTime)"
 READY = f"[...{FIRST}.querySelectorAll('video')].every((v) => v.readyState >= 2 && !v.seeking)"
 FITS = "document.documentElement.scrollWidth <= innerWidth"
@@ -719,9 +748,14 @@ def test_a_frame_of_the_curve_is_that_frame_of_all_three(browser: Chromium, page
         told = browser.evaluate(TOLD)
         # Frame 0 is no part of the mean.
         assert told == "frame 0" if frame == 0 else told.startswith(f"frame {frame}: {want}, copy")
-    # The pointer alone leads there too.
+    # The pointer alone leads there too; what played before plays on when it leaves.
     mouse(browser, "mouseMoved", spot(browser, 11))
     is_at(browser, worst, 11)
+    browser.evaluate(f"{FIRST}.querySelector('[data-toggle]').click()")
+    mouse(browser, "mouseMoved", spot(browser, 3))
+    is_at(browser, worst, 3)
+    browser.point(None)
+    browser.wait_for(f"[...{FIRST}.querySelectorAll('video')].every((v) => !v.paused)")
 
 
 @pytest.mark.browser
@@ -793,6 +827,14 @@ def test_a_dot_leads_to_its_clip_by_mouse_and_by_keys(browser: Chromium, page: P
     )
     browser.wait_for(f"{SEEN_NAMES}[0] === {json.dumps(other)}")
     assert browser.complaints == []
+
+
+@pytest.mark.browser
+def test_a_link_opens_its_clip(browser: Chromium, page: Path) -> None:
+    number = ranked("l1")[4]  # in the middle: not seen at first
+    browser.open(page)
+    browser.call("Page.navigate", url=f"{page.as_uri()}?#clip-{number}")
+    browser.wait_for(f"document.readyState === 'complete' && {SEEN_NAMES}[0] === 'clip-{number}'")
 
 
 @pytest.mark.browser
@@ -874,7 +916,7 @@ def test_without_a_script_there_are_tables_and_stills(browser: Chromium, page: P
         return len(found["nodeIds"])
 
     assert count("table tbody tr") > 20
-    assert count("#clips > li:not([hidden]) video[controls]") == 12
+    assert count("#clips > article:not([hidden]) video[controls]") == 12
     assert count("noscript style") == 1
     assert count("[data-toggle][hidden]") == NUM_CLIPS
 
