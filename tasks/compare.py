@@ -20,7 +20,7 @@ import itertools
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, get_args
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from kpmask.data.shards import Shard, ShardWriter
 from kpmask.device import gpu_names
 from kpmask.media import images
 from kpmask.media.encode import encode
+from kpmask.model_config import Ablation
 from kpmask.records import (
     ComparedRun,
     ComparedScore,
@@ -43,6 +44,7 @@ from kpmask.records import (
     ValidationScore,
 )
 from kpmask.report import Curve, Strip, comparison_curves_svg, comparison_page
+from kpmask.report.comparison import ablation_label
 from tasks import train_folder
 from tasks.compare_plan import (
     COMPARE,
@@ -54,7 +56,7 @@ from tasks.compare_plan import (
     prepare,
     scored_clips,
 )
-from tasks.compare_scores import Scoring, SystemScores, pair_id, score_system
+from tasks.compare_scores import Pair, Scoring, SystemScores, picture_id, score_system
 from tasks.manifest import (
     read_json,
     read_table,
@@ -75,6 +77,7 @@ PICTURES: Final = "pictures.arrow"
 CURVES: Final = "curves.svg"
 PAGE: Final = "index.html"
 STRIPS: Final = {"strip": "Reconstruction", "strip-cross": "Another identity's motion"}
+ABLATIONS: Final = "strip-ablations-"  # and the system
 VALIDATED: Final = "l1_moving"  # the steadiest score; what curves show where runs have it
 
 
@@ -207,9 +210,13 @@ def publish(job: CompareJob) -> Comparison:
 def page(store: ObjectStore, comparison: Comparison) -> str:
     """The page of a comparison; it refers to the strips beside it."""
     curves = store.get(CURVES).decode()
+    titles = {
+        **STRIPS,
+        **{f"{ABLATIONS}{run.system}": f"Ablations of {run.system}" for run in comparison.runs},
+    }
     strips = [
         Strip(title, f"{name}.png", f"{name}.mp4")
-        for name, title in STRIPS.items()
+        for name, title in titles.items()
         if store.exists(f"{name}.png")
     ]
     return comparison_page(
@@ -313,23 +320,43 @@ def _put_strips(opened: Opened, runs: Sequence[PlannedRun]) -> None:
     scoring = _scoring(opened)
     read = scoring.dataset.read
     clips, pairs = scoring.shown_clips(), scoring.shown_pairs()
-    columns = {
-        "strip": (
-            [clip.clip_id for clip in clips],
-            [read(clip, [0]) for clip in clips],
-            [scoring.dataset.read(clip) for clip in clips],
-        ),
-        "strip-cross": (
-            [pair_id(pair) for pair in pairs],
-            [read(source, [0]) for source, _ in pairs],
-            [scoring.driving_frames(driving) for _, driving in pairs],
-        ),
-    }
-    for name, (ids, sources, drivings) in columns.items():
-        if ids:
-            drawn = [StripRow(run.system, _pictures(opened, run, ids)) for run in runs]
-            rows = [StripRow("source", sources), StripRow("driving", drivings), *drawn]
-            _put_strip(opened.store, name, rows, fps=clips[0].fps)
+    given = [
+        StripRow("source", [read(clip, [0]) for clip in clips]),
+        StripRow("driving", [read(clip) for clip in clips]),
+    ]
+    ids = [clip.clip_id for clip in clips]
+    drawn = [StripRow(run.system, _pictures(opened, run, ids)) for run in runs]
+    _put_strip(opened.store, "strip", [*given, *drawn], fps=clips[0].fps)
+    if not pairs:
+        return
+    given = [
+        StripRow("source", [read(source, [0]) for source, _ in pairs]),
+        StripRow("driving", [scoring.driving_frames(driving) for _, driving in pairs]),
+    ]
+    ids = [picture_id(pair) for pair in pairs]
+    drawn = [StripRow(run.system, _pictures(opened, run, ids)) for run in runs]
+    _put_strip(opened.store, "strip-cross", [*given, *drawn], fps=clips[0].fps)
+    for run in runs:
+        ablated = _ablated(opened, run, pairs)
+        if ablated:
+            name = f"{ABLATIONS}{run.system}"
+            _put_strip(opened.store, name, [*given, *ablated], fps=clips[0].fps)
+
+
+def _ablated(opened: Opened, run: PlannedRun, pairs: Sequence[Pair]) -> list[StripRow]:
+    """A row for each ablation of a system, where it has any."""
+    drawn = _drawn_ids(opened, run)
+    rows = []
+    for variant in get_args(Ablation):
+        ids = [picture_id(pair, variant) for pair in pairs]
+        if drawn.issuperset(ids):
+            rows.append(StripRow(ablation_label(variant), _pictures(opened, run, ids)))
+    return rows
+
+
+def _drawn_ids(opened: Opened, run: PlannedRun) -> set[str]:
+    shard = Shard(opened.store.local(f"scores/{run.name}/{PICTURES}"))
+    return {shard.clip_info(row)[0] for row in range(shard.num_clips)}
 
 
 def _pictures(opened: Opened, run: PlannedRun, ids: Sequence[str]) -> list[Frames]:

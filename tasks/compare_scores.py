@@ -68,7 +68,7 @@ class Scoring:
 
 @dataclass(frozen=True)
 class SystemScores:
-    """What scoring a system found; `pictures` are frames by clip id or `pair_id`."""
+    """What scoring a system found; `pictures` are frames by clip id or `picture_id`."""
 
     scores: list[ComparedScore]
     pictures: dict[str, Frames]
@@ -80,6 +80,11 @@ def pair_id(pair: Pair) -> str:
     """A pair's name in tables and files."""
     source, driving = pair
     return f"{source.clip_id}-by-{driving.clip_id}"
+
+
+def picture_id(pair: Pair, variant: str = "") -> str:
+    """What an animation is called among the pictures."""
+    return f"{variant}:{pair_id(pair)}" if variant else pair_id(pair)
 
 
 def score_system(
@@ -200,8 +205,8 @@ class _Work:
             self._add_estimated(CROSS[motion], variant, pair, (generated, *videos), own=not first)
             if first:
                 self._add_references(pair, *videos)
-                if pair_id(pair) in shown:
-                    self.pictures[pair_id(pair)] = generated[:SHOWN_FRAMES]
+            if motion == "absolute" and pair_id(pair) in shown:
+                self.pictures[picture_id(pair, variant)] = generated[:SHOWN_FRAMES]
             self._step()
 
     def _add_references(self, pair: Pair, source_THWC: Frames, driving_THWC: Frames) -> None:

@@ -268,7 +268,12 @@ def _motion_label(row: ComparedRow) -> str:
 
 
 def _variant_label(row: ComparedRow) -> str:
-    return "whole" if row.variant == "none" else row.variant
+    return ablation_label(row.variant)
+
+
+def ablation_label(variant: str) -> str:
+    """What an ablation is called: a system without one is whole."""
+    return "whole" if variant == "none" else variant
 
 
 # --- curves ----------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ from kpmask.errors import CheckpointError, ConfigError
 from kpmask.estimators import embedding_estimator, point_estimator
 from kpmask.media.encode import encode
 from kpmask.media.roundtrip import through_codec
-from kpmask.metric_names import IDENTITY_METRICS, KEYPOINT_METRICS, METRICS, SET_METRICS
+from kpmask.metric_names import METRICS, SET_METRICS, estimator_of
 from kpmask.metrics import build_metrics
 from kpmask.records import Progress
 from tasks.evaluate import evaluate
@@ -95,13 +95,13 @@ def _each_once() -> list[str]:
     seen: set[str] = set()
     names = []
     for name in METRICS:
-        estimator = name.split("_")[-1]
-        if name in (*KEYPOINT_METRICS, *IDENTITY_METRICS):
-            if name.endswith("_found") or estimator in seen:
-                continue
-            seen.add(estimator)
-        if name not in SET_METRICS:  # they have features, and no value for a frame
-            names.append(name)
+        estimator = estimator_of(name)
+        if (
+            estimator in seen or name in SET_METRICS
+        ):  # these have features, and no value for a frame
+            continue
+        seen |= {estimator} - {""}
+        names.append(name)
     return names
 
 

@@ -226,6 +226,9 @@ def test_refined_masking_has_its_ablations(data: str, tmp_path: Path) -> None:
         assert set(variants) == {"", "none", "no_pert", "no_ref", "no_id"}
         usual = [(s.clip_id, s.metric, s.value) for s in mine if s.variant == ""]
         assert usual == [(s.clip_id, s.metric, s.value) for s in mine if s.variant == main]
+    with Image.open(tmp_path / "out" / "strip-ablations-refined.png") as strip:
+        assert strip.height == (2 + 4) * 96
+    assert 'src="strip-ablations-refined.png"' in (tmp_path / "out" / "index.html").read_text()
 
 
 # --- going on --------------------------------------------------------------------------------
