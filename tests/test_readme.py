@@ -15,6 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from kpmask.study import read_study
+from tests.support.participants import answers_of, as_bytes, by_lot
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDES = (ROOT / "docs" / "datasets.md",)
@@ -52,8 +55,19 @@ def tour(tmp_path_factory: pytest.TempPathFactory) -> Path:
     commands = [line for block in found for line in block.splitlines() if line.strip()]
     assert len(commands) >= 10
     for command in commands:
+        if command.startswith("kpmask study score"):
+            answer_study(folder / "tour" / "study", folder / "tour" / "answers")
         run(shlex.split(command), folder)
     return folder
+
+
+def answer_study(study: Path, answers: Path) -> None:
+    """What people would do between two commands: three files of answers, drawn by lot."""
+    key = read_study((study / "key.json").read_bytes())
+    answers.mkdir()
+    for seed in range(3):
+        data = as_bytes(answers_of(key, by_lot(key, seed), seed=seed))
+        (answers / f"{seed}.json").write_bytes(data)
 
 
 @pytest.mark.slow
@@ -70,6 +84,8 @@ def test_commands_leave_what_the_readme_says(tour: Path) -> None:
         "tour/grid/manifest.parquet",
         "tour/scores/scores.parquet",
         "tour/compared/comparison.json",
+        "tour/study/public/index.html",
+        "tour/study-scores/summary.json",
         "tour/found/manifest.parquet",
         "tour/export/export.json",
         "tour/imported/manifest.parquet",

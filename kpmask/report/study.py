@@ -40,6 +40,7 @@ ASKED: Final[Mapping[Question, tuple[str, str]]] = {
 LABELS: Final[Mapping[Question, str]] = {"realism": "Realism", "fidelity": "Motion fidelity"}
 SCREEN_S: Final = 25.0  # how long one takes, for a guess of the whole
 MAX_PARTICIPANTS: Final = 500
+MAX_COLUMNS: Final = 4  # more results stand in two rows
 LEFT, WIDTH = 14, 332  # of a chart's bars, in units of its view box
 
 
@@ -59,6 +60,7 @@ def study_page(study: Study) -> str:
             for item in study.items
         ],
     }
+    num_methods = len(study.methods)
     return render(
         "study.html",
         title=study.title,
@@ -68,7 +70,8 @@ def study_page(study: Study) -> str:
         data=data,
         num_screens=study.num_screens,
         minutes=max(1, round(study.num_screens * SCREEN_S / 60)),
-        places=range(1, len(study.methods) + 1),
+        places=range(1, num_methods + 1),
+        columns=num_methods if num_methods <= MAX_COLUMNS else (num_methods + 1) // 2,
         has_source=any(item.source for item in study.items),
         asked=ASKED,
         study_id=study.study_id[:BLIND_LENGTH],
