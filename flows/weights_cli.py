@@ -35,12 +35,15 @@ def list_weights(as_json: AsJson = False) -> None:
 
 
 def _lines(row: WeightsRow) -> list[str]:
-    size = f", {row.package_bytes / 1e6:.0f} MB" if row.package_bytes else ""
-    command = "" if row.url or row.package_bytes else f"; kpmask weights add {row.name} FILE"
+    terms = {"free": "", "unclear": ", terms unclear"}.get(row.terms, f", {row.terms}")
+    size = f", {row.package_bytes / 1e6:.1f} MB" if row.package_bytes else ""
+    can_fetch = row.url or row.package_bytes
+    command = f"fetch {row.name}" if can_fetch else f"add {row.name} FILE"
     return [
-        f"{row.name}: {row.state}; {row.licence}{'' if row.terms == 'free' else f', {row.terms}'}",
-        f"    {row.source}{size}{'' if row.state == 'added' else command}",
+        f"{row.name}: {row.state}; {row.licence}{terms}",
+        f"    {row.source}{size}",
         *([f"    {row.url}"] if row.url else []),
+        *([] if row.files else [f"    kpmask weights {command}"]),
         *([f"    sha256  {row.sha256}"] if row.sha256 else []),
         *(f"    {file}" for file in row.files),
     ]

@@ -70,6 +70,8 @@ class EachFrame:
         try:
             seen = self._look(np.ascontiguousarray(frame_HWC))
             self._has_worked = True
+        except torch.OutOfMemoryError:
+            raise  # of a GPU, which is no fault of the frame
         except _BROKE as error:
             self._num_broken += 1
             if not self._has_worked and self._num_broken >= _NEVER_WORKED:

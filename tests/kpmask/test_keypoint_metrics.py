@@ -211,6 +211,15 @@ def test_an_estimator_that_never_worked_is_no_bad_frame() -> None:
         each(frames[15:])
 
 
+def test_a_gpu_without_memory_is_no_empty_frame() -> None:
+    def full(frame_HWC: NDArray[np.uint8]) -> NDArray[np.float64] | None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    each = EachFrame(full, shape=(1, 3), name="full")
+    with pytest.raises(torch.OutOfMemoryError):
+        each(np.zeros((1, 4, 4, 3), np.uint8))
+
+
 def test_one_frame_and_pieces_with_the_frames_before() -> None:
     places = [(3 * t % 40, 5 * t % 24) for t in range(9)]
     true, made = dots(*places), dots(*[(x, (y + x) % 24) for x, y in places])
