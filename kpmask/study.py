@@ -19,6 +19,7 @@ import hashlib
 import hmac
 import itertools
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -158,7 +159,7 @@ def check_methods(methods: Sequence[str], title: str) -> None:
             raise ConfigError(f"{name!r} is no name of a method", subject="--method")
         if count > 1:
             raise ConfigError(f"two methods have the name {name}", subject="--method")
-        if name.casefold() in title.casefold().split():
+        if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", title, re.IGNORECASE):
             cause = f"participants read it, and it names the method {name}"
             raise ConfigError(cause, subject="--title")
 
@@ -478,9 +479,7 @@ def score_answers(
     )
 
 
-def _chosen_PI(
-    study: Study, answers: Sequence[Answer], question: Question
-) -> NDArray[np.int64]:
+def _chosen_PI(study: Study, answers: Sequence[Answer], question: Question) -> NDArray[np.int64]:
     """The number of the method that each participant chose for each item."""
     rows: Mapping[str, dict[str, int]] = defaultdict(dict)
     for answer in answers:

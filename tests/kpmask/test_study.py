@@ -160,11 +160,16 @@ def test_the_id_is_of_the_whole_content() -> None:
         (["a", " "], "Which?", "no name"),
         (["a", "b\nc"], "Which?", "no name"),
         (["ours", "FOMM"], "is Fomm better", "names the method FOMM"),
+        (["our+s", "x"], "Our+s?", "names the method our"),
     ],
 )
 def test_methods_that_cannot_be_told_apart(methods: list[str], title: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         check_methods(methods, title)
+
+
+def test_a_title_may_hold_a_name_within_a_word() -> None:
+    check_methods(["ours", "a"], "Yours, and that of others")
 
 
 # --- answers ---------------------------------------------------------------------------------

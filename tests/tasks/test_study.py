@@ -346,12 +346,12 @@ def test_hostile_names_of_files_and_methods(folders: Path, tmp_path: Path) -> No
             shutil.copy(path, tmp_path / folder / f"{HOSTILE} {path.name}".replace("/", ""))
     methods = [(HOSTILE, str(tmp_path / "ours")), ("=b", str(tmp_path / "secretmethod"))]
     out = tmp_path / "out"
-    make(
-        settings_of(tmp_path, out, methods=tuple(methods), source=None, title=HOSTILE.upper() + "?")
-    )
+    title = "<script>alert(2)</script>"
+    make(settings_of(tmp_path, out, methods=tuple(methods), source=None, title=title))
     page = Page((out / "public" / "index.html").read_text())
     assert [name for name, _ in page.elements].count("img") == 0
     assert len(page.programs()) == 1
+    assert title in page.text
     study = key_of(out)
     assert study.methods == (HOSTILE, "=b")
     assert all(item.name.startswith(HOSTILE) for item in study.items)
