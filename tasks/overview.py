@@ -26,6 +26,7 @@ from kpmask.records import (
 )
 from kpmask.report import FoundJob, JobKind
 from kpmask.report.gallery import POSTERS
+from kpmask.report.metric_labels import metric_label
 from kpmask.report.page import figure, num
 from kpmask.report.previews import PREVIEWS
 from kpmask.study import StudyManifest, StudyScores
@@ -164,7 +165,9 @@ def _evaluation(store: ObjectStore) -> _Told:
     if not store.exists(SUMMARY):
         return (), 0, True
     found = read_record(store, SUMMARY, ScoreTable)
-    means = ", ".join(f"{row.metric} {figure(row.mean)}" for row in _first_rows(found))
+    means = ", ".join(
+        f"{metric_label(row.metric).label} {figure(row.mean)}" for row in _first_rows(found)
+    )
     videos = f"{num(found.num_videos)} videos, {found.setting.replace('_', '-')}"
     return (videos, *((means,) if means else ())), found.num_failures, False
 

@@ -164,6 +164,9 @@ def tick_text(value: float) -> str:
     """A tick's value as it is written beside it."""
     if value == int(value) and 1000 <= abs(value) < 1e6:
         return num(int(value))
+    if 0 < abs(value) < 1e-3:
+        digits, power = f"{value:.2e}".split("e")
+        return f"{float(digits):g}e{int(power)}"
     return f"{value:.6g}"
 
 

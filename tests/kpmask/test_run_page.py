@@ -28,6 +28,7 @@ from kpmask.report.curves import (
     panel_svg,
     rows_of,
     thinned,
+    tick_text,
 )
 from kpmask.report.page import figure
 from tests.support.chromium import Chromium, find_chromium
@@ -138,6 +139,13 @@ def test_linear_ticks(low: float, high: float, want: list[float]) -> None:
 )
 def test_log_ticks(low: float, high: float, want: list[float]) -> None:
     assert log_ticks(low, high) == pytest.approx(want)
+
+
+def test_ticks_are_written_short() -> None:
+    values = [0, 0.001, 0.000204, -1e-5, 0.25, 1000, 96_000, 2e6, 1.5]
+    assert [tick_text(value) for value in values] == [
+        "0", "0.001", "2.04e-4", "-1e-5", "0.25", "1 000", "96 000", "2e+06", "1.5"
+    ]  # fmt: skip
 
 
 def test_a_million_steps_are_bounded_and_keep_their_spikes() -> None:

@@ -201,7 +201,7 @@ def test_an_overview_leads_to_every_job(store: ObjectStore, tmp_path: Path) -> N
         f"{digest('x')[:32]}.jpg",
     }
     for text in ("40 training and 0 test clips", "fomm, 10 steps", "not finished", "2 failures",
-                 "1 videos, reconstruction", "l1 0.0400", "It cannot be read."):  # fmt: skip
+                 "1 videos, reconstruction", "L1 0.0400", "It cannot be read."):  # fmt: skip
         assert text in page.text
     assert not comparison.exists("runs/fomm/index.html")
     before = root.get("overview.html")
