@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kpmask.errors import CheckpointError, ConfigError
-from kpmask.estimators import embedding_estimator, fan, point_estimator, s3fd
+from kpmask.estimators import embedding_estimator, fan, openpose, point_estimator, reid, s3fd
 from kpmask.estimators import weights as known
 from kpmask.estimators.arcface import ArcFace, similarity
 from kpmask.estimators.fan import Fan, FanNetwork
@@ -505,3 +505,26 @@ def test_names_versions_and_licences_are_said() -> None:
     assert FaceFinder.version in ArcFace.version
     for name in ("fan", "s3fd", "openface", "arcface"):
         assert all(known.is_sha256(prefix) for prefix in OWN[name].sha256_prefixes)
+
+
+@pytest.mark.gpu
+def test_a_gpu_sees_what_a_cpu_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    frame = (255 * waves(96)).round().astype(np.uint8)
+    found: dict[str, list[NDArray[np.float64]]] = {"cpu": [], "cuda": []}
+    for device, seen in found.items():
+        for module in (openpose, reid, fan):
+            monkeypatch.setattr(module, "network_device", lambda device=device: device)
+        pose = OpenPose("openpose", filled(PoseNetwork(narrow=8)), weights_sha256=DIGEST)
+        seen += pose.look(frame)
+        for name in ("reid", "reidpaper"):
+            network = filled(ResNet50((1, 1, 1, 1)))
+            estimator = ReId(name, network, weights_sha256=DIGEST)  # type: ignore[arg-type]
+            seen.append(estimator.estimate(frame[None]))
+        boxes = FaceBoxes(filled(S3fd(narrow=8), gain=3.0), device=device)
+        seen.append(boxes.find(frame)[:1])
+        face = Fan(OneFace([8, 8, 80, 88, 0.9]), filled(FanNetwork()), weights_sha256=DIGEST)  # type: ignore[arg-type]
+        seen.append(face.estimate(frame[None]).scores_TK)
+    for on_cpu, on_gpu in zip(*found.values(), strict=True):
+        np.testing.assert_allclose(on_gpu, on_cpu, rtol=2e-3, atol=2e-3)
