@@ -53,6 +53,7 @@ NOT_BEST: Final = frozenset({METHODS["codec"], METHODS["driving"]})
 # Means of found frames are of other frames for each rival, if these differ by more than so much.
 MAX_COVERAGE_GAP: Final = 0.01
 MAX_TILES: Final = 6
+MAX_CELLS: Final = 60_000  # of the table of videos
 PREVIEW_FRAMES: Final = 100
 
 
@@ -193,7 +194,7 @@ def evaluation_page(
         frames: scores of these clips frame by frame, to be drawn beside them.
         preview_frames: as many first frames have the media's videos, or all where they are fewer.
         note: what else a reader should know.
-        limit: of rows in the table of videos.
+        limit: of rows in the table of videos, or fewer where there are many metrics.
         home: link of an overview page.
     """
     columns = metric_columns(table)
@@ -201,6 +202,7 @@ def evaluation_page(
     valued = [column for column in columns if column.value is not None]
     tiles = [Tile(figure(c.value or 0.0), _with_unit(c)) for c in valued if not _covers(c)]
     by_video = [column for column in columns if not column.info.of_set]
+    listed = rows[: min(limit, MAX_CELLS // max(1, len(by_video)))]
     return render(
         "evaluation.html",
         title=title,
@@ -220,13 +222,13 @@ def evaluation_page(
         groups=_groups(columns, method_rows(table)),
         published=[_published(found, table, columns) for found in PUBLISHED],
         frame={"left": LEFT, "right": RIGHT, "width": WIDTH},
-        plots=_plot_groups(by_video, table, scores, _links(rows[:limit], rows)),
+        plots=_plot_groups(by_video, table, scores, _links(listed, rows)),
         **_clip_values(columns, rows, media or {}, frames, preview_frames),
         trio=("source", "driving" if table.setting == "cross" else "true", "result"),
         scored=by_video,
         choices=_choices(by_video),
-        videos=rows[:limit],
-        hidden_videos=max(0, len(rows) - limit),
+        videos=listed,
+        hidden_videos=len(rows) - len(listed),
         **failure_values(failures),
     )
 
@@ -354,14 +356,17 @@ def _rows(
 
 def _best(info: MetricInfo, rivals: Sequence[_Named], average: Average) -> float | None:
     """The best value of those that compare; None where there are not two of them."""
-    having = [found for found in rivals if found.value(info.name, average) is not None]
+    having = [found for found in rivals if _finite(found.value(info.name, average))]
+    if len(having) < 2:
+        return None
     if info.name.endswith(FOUND) and not _covered_alike(info, having, average):
         return None
-    values = [found.value(info.name, average) for found in having]
-    finite = [value for value in values if value is not None and math.isfinite(value)]
-    if len(finite) < 2:
-        return None
-    return max(finite) if info.higher_is_better else min(finite)
+    values = [value for found in having if (value := found.value(info.name, average)) is not None]
+    return max(values) if info.higher_is_better else min(values)
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def _covered_alike(info: MetricInfo, rivals: Sequence[_Named], average: Average) -> bool:

@@ -30,6 +30,7 @@ from kpmask.records import (
     VideoScore,
 )
 from kpmask.report import GalleryMedia, evaluation_page, score_clips, score_plots
+from kpmask.report import evaluation as page_module
 from kpmask.report.evaluation import compared_rows, method_rows
 from kpmask.report.metric_labels import GROUPS, metric_label
 from kpmask.report.page import figure
@@ -352,6 +353,21 @@ def test_found_frames_alone_have_no_best_where_coverages_differ() -> None:
     assert best_of(without)["akd_facemesh_found"] == []
 
 
+def test_an_estimator_that_found_nothing_has_no_numbers_and_no_best() -> None:
+    table, scores, _ = evaluation()
+    lost = dataclasses.replace(
+        table,
+        summaries=tuple(s for s in table.summaries if not s.metric.startswith("akd")),
+        paired=(),
+    )
+    assert best_of(lost)["akd_facemesh"] == best_of(lost)["akd_facemesh_found"] == []
+    left = [score for score in scores if not score.metric.startswith("akd")]
+    html = evaluation_page(title="x", table=lost, scores=left, failures=[], media=MEDIA)
+    assert "no video" not in html
+    data = data_of(html)
+    assert all(clip["values"][2] is None for clip in data["clips"])
+
+
 def test_coverage_stands_beside_an_estimators_value() -> None:
     table, scores, _ = evaluation()
     html = evaluation_page(title="x", table=covered(table, 0.976, 1), scores=scores, failures=[])
@@ -582,6 +598,14 @@ def test_curves_stay_within_their_budget(monkeypatch: pytest.MonkeyPatch) -> Non
     assert {clip["frames"] for clip in data["clips"]} == {NUM_FRAMES}
 
 
+def test_many_videos_by_many_metrics_stay_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_module, "MAX_CELLS", 4 * len(NAMES) + 2)
+    page = Page(page_of())
+    rows = [row for row in page.of("tr") if row.get("id", "").startswith("video-")]
+    assert len(rows) == 4
+    assert f"The first 4 of {NUM_CLIPS}" in page.text
+
+
 def test_hostile_names_stay_in_their_places() -> None:
     def html(name: str) -> str:
         _, scores, frames = evaluation()
@@ -732,7 +756,7 @@ def test_the_worst_and_best_follow_the_metric(browser: Chromium, page: Path) -> 
     assert browser.evaluate(SEEN_NAMES) == [f"clip-{number}" for number in ranked("ssim")]
     choose(browser, "[data-pairs]", "1")
     assert len(browser.evaluate(SEEN_NAMES)) == 2
-    assert all(url.startswith("file://") for url in browser.requests if url != "data:,")
+    assert {urlsplit(url).scheme for url in browser.requests} <= {"file", "data"}
     assert browser.complaints == []
 
 
