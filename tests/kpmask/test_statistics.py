@@ -65,6 +65,21 @@ def test_the_interval_of_equal_columns_is_that_of_the_rows() -> None:
     assert two_way_interval(np.ones((1, 4))) == (1.0, 1.0)
 
 
+def test_the_interval_over_rows_and_columns_holds_the_truth_as_often_as_it_says() -> None:
+    """People and videos both differ; an interval over cells alone would be far too narrow."""
+    random = np.random.default_rng(8)
+    num_held, num_held_by_cells, num_trials = 0, 0, 150
+    for _ in range(num_trials):
+        lean = random.normal(size=(12, 1)) + random.normal(size=(1, 10))
+        values = (random.uniform(size=(12, 10)) < 1 / (1 + np.exp(-lean))).astype(float)
+        low, high = two_way_interval(values)
+        num_held += low <= 0.5 <= high
+        low, high = mean_interval(values.ravel())
+        num_held_by_cells += low <= 0.5 <= high
+    assert 0.9 * num_trials < num_held
+    assert num_held_by_cells < 0.8 * num_trials
+
+
 def test_the_interval_of_a_weighted_mean() -> None:
     random = np.random.default_rng(4)
     values, frames = random.uniform(0, 1, 20), random.integers(1, 200, 20).astype(float)
