@@ -93,9 +93,9 @@ def clip_record(clip_id: str, partition: Any, row: int, length: int, side_px: in
     )
 
 
-def write_weights(path: Path, model: Any = MODEL) -> None:
+def write_weights(path: Path, model: Any = MODEL, *, seed: int = 7) -> None:
     """Weights that move something: drawn at random."""
-    torch.manual_seed(7)
+    torch.manual_seed(seed)
     system = build_system(model)
     for parameter in system.parameters():
         if parameter.ndim > 1:
