@@ -509,14 +509,18 @@ def demo(
 @app.command()
 def report(
     uri: Annotated[
-        str, typer.Argument(help="A dataset, run, animation, evaluation or comparison.")
+        str, typer.Argument(help="What a job got as --out, or a folder that holds several of them.")
     ],
 ) -> None:
     """Write the page of a finished job again from its manifests.
 
+    Of a folder that holds several jobs: each one's page, and overview.html over them.
+
     Examples:
 
         kpmask report runs/taichi
+
+        kpmask report outputs
     """
     from flows import jobs
 

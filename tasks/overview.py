@@ -12,6 +12,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Final
 
 from kpmask.data.dataset import STATS
@@ -73,7 +74,7 @@ class JobPlace:
 
     @property
     def page(self) -> str:
-        return f"{self.folder}/{page_key(self.kind)}"
+        return f"{self.folder}/{page_key(self.kind)}".lstrip("/")
 
 
 def page_key(kind: JobKind) -> str:
@@ -87,7 +88,7 @@ def kind_here(store: ObjectStore) -> JobKind | None:
 
 
 def find_jobs(store: ObjectStore) -> list[JobPlace]:
-    """The jobs below the store's root, in the order of their folders."""
+    """The jobs below the store's root, front pages first, in the order of their folders."""
     markers: dict[str, set[str]] = defaultdict(set)
     pages: set[str] = set()
     pictures: dict[str, str] = {}
@@ -104,7 +105,8 @@ def find_jobs(store: ObjectStore) -> list[JobPlace]:
             later = folder.endswith(train_folder.SAMPLES)
             choose = max if later else min
             pictures[folder] = choose(pictures.get(folder, info.key), info.key)
-    return list(_places(markers, pages, pictures))
+    places = list(_places(markers, pages, pictures))
+    return [*_front_pages(places, pages), *places]
 
 
 def _places(
@@ -121,6 +123,16 @@ def _places(
         yield JobPlace(kind, folder, has_page, pictures.get(place, ""))
 
 
+def _front_pages(places: Sequence[JobPlace], pages: set[str]) -> Iterator[JobPlace]:
+    """Pages of folders that are no job's and have jobs in them, as a demonstration's is."""
+    jobs = {place.folder for place in places}
+    holding = {str(parent) for folder in jobs for parent in PurePosixPath(folder).parents} - jobs
+    for folder in sorted(holding):
+        place = JobPlace("front page", "" if folder == "." else folder, True, "")
+        if place.page in pages:
+            yield place
+
+
 def describe(store: ObjectStore, places: Sequence[JobPlace]) -> list[FoundJob]:
     """What the overview tells of each job; nothing but its name where its file is damaged."""
     return [_found(store.child(place.folder), place) for place in places]
@@ -128,6 +140,8 @@ def describe(store: ObjectStore, places: Sequence[JobPlace]) -> list[FoundJob]:
 
 def _found(store: ObjectStore, place: JobPlace) -> FoundJob:
     page = place.page if place.has_page else ""
+    if place.kind == "front page":
+        return FoundJob(place.kind, place.folder or PAGE, page)
     try:
         facts, failures, going_on = FACTS[place.kind](store)
     except KpmaskError as error:

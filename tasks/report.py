@@ -81,6 +81,8 @@ def _rebuild(store: ObjectStore, kind: JobKind, home: str | None) -> None:
 def _overview(store: ObjectStore) -> bool:
     """Write every job's page and the one over them; whether there is any job."""
     for place in find_jobs(store):
+        if place.kind not in PAGES:
+            continue
         home = "../" * page_key(place.kind).count("/") + "../" * (place.folder.count("/") + 1)
         try:
             _rebuild(store.child(place.folder), place.kind, home + OVERVIEW)

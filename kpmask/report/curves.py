@@ -33,7 +33,17 @@ MAX_POINTS: Final = 300
 MAX_MARKERS: Final = 40
 MAIN: Final = "#0e8f9b"
 BASE: Final = "#858a93"
-TERMS: Final = ("#c8711c", "#9566c2", "#3f8f4f", "#cc5676", "#7a7f87", "#4a7fd0")
+TERMS: Final = (
+    "#c8711c",
+    "#9566c2",
+    "#3f8f4f",
+    "#cc5676",
+    "#7a7f87",
+    "#4a7fd0",
+    "#9a8420",
+    "#b457b0",
+    "#a2694a",
+)
 GRID: Final = "#8a8f98"
 
 

@@ -9,10 +9,18 @@ from typing import Final, Literal
 from kpmask.report.page import Tile, num, render
 
 JobKind = Literal[
-    "dataset", "run", "animations", "evaluation", "comparison", "study", "study scores"
+    "front page",
+    "dataset",
+    "run",
+    "animations",
+    "evaluation",
+    "comparison",
+    "study",
+    "study scores",
 ]
 # In the order of their headings: singular, plural.
 TITLES: Final[Mapping[JobKind, tuple[str, str]]] = {
+    "front page": ("front page", "Front pages"),
     "dataset": ("dataset", "Datasets"),
     "run": ("training run", "Training runs"),
     "animations": ("catalog of animations", "Animations"),
@@ -29,7 +37,8 @@ class FoundJob:
     """A job in a folder.
 
     Attributes:
-        path: of its folder, relative to the page.
+        path: of its folder, relative to the page. A front page is that of a whole folder of jobs,
+            such as a demonstration's.
         page: of its page, likewise; empty where there is none.
         facts: a few words each.
         picture: of it, relative to the page; empty where there is none.

@@ -215,6 +215,11 @@ def test_an_overview_leaves_another_front_page_alone(tmp_path: Path) -> None:
     root.put("index.html", b"a demonstration's")
     assert rebuild_page(root.uri).endswith("/overview.html")
     assert root.get("index.html") == b"a demonstration's"
+    root.put("run/samples/index.html", b"not a front page")
+    root.put("elsewhere/index.html", b"has no jobs")
+    rebuild_page(root.uri)
+    links = [a["href"] for a in Page(root.get("overview.html").decode()).of("a")]
+    assert links[1:] == ["index.html", "run/index.html"]
 
 
 def test_an_evaluation_has_its_page_again(tmp_path: Path) -> None:
