@@ -352,6 +352,23 @@ def evaluate(
         str | None,
         typer.Option(help=f"Comma-separated, of {', '.join(METRICS)}."),
     ] = None,
+    setting: Annotated[
+        str | None,
+        typer.Option(
+            help="reconstruction (a clip from its first frame), cross (another identity's motion) "
+            "or few_shot (a person's held-out frames from one of them)."
+        ),
+    ] = None,
+    motion: Annotated[
+        str | None, typer.Option(help="For cross: absolute or relative. Default: absolute.")
+    ] = None,
+    pairs: Annotated[
+        str | None,
+        typer.Option(help="For cross: a CSV with columns source,driving, of clips' names or ids."),
+    ] = None,
+    num_pairs: Annotated[
+        int | None, typer.Option(help="For cross without --pairs: how many at most. Default: 50.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     preset: Preset = None,
     job: JobFile = None,
@@ -362,6 +379,8 @@ def evaluate(
 ) -> None:
     """Score a checkpoint on a test split, or one folder of videos against another.
 
+    Two folders' videos are matched by name, and their frames by number, whatever their rates.
+
     Examples:
 
         kpmask evaluate --checkpoint w.safetensors --data data/taichi --out scores
@@ -369,6 +388,11 @@ def evaluate(
         kpmask evaluate --generated made --reference wanted --metrics l1,ssim --out scores
 
         kpmask evaluate --checkpoint w --data d --out scores --set protocol.first_frame=in
+
+        kpmask evaluate --checkpoint w --data d --out cross --setting cross --motion relative
+        --metrics csim_source_sface,akd_motion_facemesh
+
+        kpmask evaluate --checkpoint w --data d --out few --setting few_shot --metrics ssim
     """
     resolved = config.resolve_job(
         config.EvaluateJob,
@@ -382,17 +406,19 @@ def evaluate(
             "reference": reference,
             "out": out,
             "metrics": None if metrics is None else metrics.split(","),
+            "setting": _given(kind=setting, motion=motion, pairs=pairs, num_pairs=num_pairs),
             "device": device,
             "cluster": _workers(workers),
         },
     )
     from flows import jobs
+    from flows.score_lines import score_lines
 
     if dry_run:
-        say_plan(resolved, list(resolved.metrics), as_json=as_json)
+        say_plan(resolved, jobs.plan_evaluate(resolved), as_json=as_json)
         return
     scores = jobs.run_evaluate(resolved, quiet=as_json)
-    console.show(jobs.as_result(scores), as_json=as_json, lines=jobs.score_lines(scores))
+    console.show(jobs.as_result(scores), as_json=as_json, lines=score_lines(scores))
 
 
 @app.command()

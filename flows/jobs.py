@@ -24,7 +24,7 @@ from kpmask.records import (
 )
 
 if TYPE_CHECKING:
-    from kpmask.records import Average, ComparedValue, ScoreSummary, ScoreTable
+    from kpmask.records import ComparedValue, ScoreTable
     from kpmask.report.comparison import Table, TableRow
 
 J = TypeVar("J", bound=Part)
@@ -109,51 +109,17 @@ def run_animate_pair(job: config.AnimateJob, *, quiet: bool) -> EncodedVideo:
         return animate_pair(job, on_progress=report)
 
 
+def plan_evaluate(job: config.EvaluateJob) -> list[str]:
+    from tasks.evaluate import plan
+
+    return plan(job)
+
+
 def run_evaluate(job: config.EvaluateJob, *, quiet: bool) -> ScoreTable:
     from flows.evaluate import evaluate_flow
 
     scores: ScoreTable = _run(evaluate_flow, job, quiet=quiet)
     return scores
-
-
-def score_lines(scores: ScoreTable) -> list[str]:
-    """The table, a row a metric and a column a method, and what the numbers are over."""
-    by_key = {(s.metric, s.method): s for s in scores.summaries}
-    methods = list(dict.fromkeys(s.method for s in scores.summaries))
-    rows = []
-    for info in scores.metrics:
-        found = [by_key.get((info.name, method)) for method in methods]
-        head = f"{info.name} {'(up)' if info.higher_is_better else '(down)'}"
-        rows.append([head, *(_mean_text(summary, scores.average) for summary in found)])
-    lines = [console.table(["", *methods], rows), "", *_protocol_lines(scores)]
-    lines.append(f"{scores.num_videos} videos; {scores.num_failures} failures")
-    if scores.perceptual:
-        lines.append(f"trained against: {scores.perceptual}")
-    lines.append(f"page: {scores.uri}/index.html")
-    return lines
-
-
-def _mean_text(summary: ScoreSummary | None, average: Average) -> str:
-    """A mean and its 95 % interval, as "0.0400 [0.0350, 0.0450]"."""
-    from kpmask.report.evaluation import shown_mean
-    from kpmask.report.page import figure
-
-    if summary is None:
-        return "-"
-    mean, low, high = shown_mean(summary, average)
-    if low is None or high is None:
-        return figure(mean)
-    return f"{figure(mean)} [{figure(low)}, {figure(high)}]"
-
-
-def _protocol_lines(scores: ScoreTable) -> list[str]:
-    """What the metrics' numbers are over: a line for those that agree."""
-    from kpmask.report.evaluation import protocol_line
-
-    names: dict[str, list[str]] = {}
-    for info in scores.metrics:
-        names.setdefault(protocol_line(info, scores.average), []).append(info.name)
-    return [f"{', '.join(found)}: {line}" for line, found in names.items()]
 
 
 def run_compare(job: config.CompareJob, *, quiet: bool) -> Comparison:

@@ -617,6 +617,19 @@ class ScoreSetting(Part):
     pairs: str | None = None  # cross: a CSV with columns source and driving, of clips' names or ids
     num_frames: PositiveInt = 32  # few_shot: held out of each person
 
+    @model_validator(mode="after")
+    def _means_something(self) -> ScoreSetting:
+        of = {"motion": "cross", "num_pairs": "cross", "pairs": "cross", "num_frames": "few_shot"}
+        for name, kind in of.items():
+            if self.kind != kind and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is for kind = {kind}, not {self.kind}")
+        if (
+            self.pairs is not None
+            and self.num_pairs != type(self).model_fields["num_pairs"].default
+        ):
+            raise ValueError("give num_pairs or pairs, not both")
+        return self
+
 
 class EvaluateJob(Part):
     """Score a checkpoint on a test split, or one folder of videos against another."""

@@ -69,12 +69,18 @@ def refuse_unfit(metrics: Sequence[str], setting: Setting) -> None:
     """
     unfit = [name for name in metrics if not suits(name, setting)]
     if unfit:
-        fit = ", ".join(name for name in METRICS if suits(name, setting))
+        fit = dict.fromkeys(_shape_of(name) for name in METRICS if suits(name, setting))
         raise ConfigError(
-            f"{', '.join(unfit)}: {_WHY[setting]}; with setting.kind = {setting} there are: {fit}",
+            f"{', '.join(unfit)}: {_WHY[setting]}; there are {', '.join(fit)}",
             subject="metrics",
             hint=_SUGGESTED[setting],
         )
+
+
+def _shape_of(metric: str) -> str:
+    """What metrics of a kind are called: "akd_ESTIMATOR"."""
+    kind = kind_of(metric)
+    return kind if kind == metric else f"{kind}_ESTIMATOR"
 
 
 # --- cross -----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import signal
@@ -9,12 +10,13 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from flows.cli import app
-from flows.jobs import score_lines
+from flows.score_lines import score_lines
 from kpmask import bundled, config
 from kpmask.records import (
     DatasetChanges,
@@ -23,6 +25,7 @@ from kpmask.records import (
     MetricInfo,
     ScoreSummary,
     ScoreTable,
+    SetScore,
 )
 
 KPMASK = str(Path(sys.executable).with_name("kpmask"))
@@ -372,3 +375,63 @@ def test_the_table_of_scores_says_what_its_numbers_are_over() -> None:
     assert f"l1, psnr: frame 0 left out, {over}".split() in lines
     assert f"l1_with_first: frame 0 counted, {over}".split() in lines
     assert "3 videos; 1 failures" in text
+
+
+def covered(name: str, coverage: str, **values: Any) -> MetricInfo:
+    return MetricInfo(
+        *(name, "1+4", "ab" * 32, "Apache-2.0", False),
+        estimator="facemesh",
+        coverage=coverage,
+        **values,
+    )
+
+
+@pytest.mark.parametrize(("coverage", "is_marked"), [(0.995, True), (0.985, False)])
+def test_the_table_of_scores_has_coverage_beside_each_value(
+    coverage: float, is_marked: bool
+) -> None:
+    means = {
+        ("akd_facemesh", "model"): 3.0,
+        ("akd_facemesh", "copy"): 4.5,
+        ("akd_facemesh_found", "model"): 2.0,
+        ("akd_facemesh_found", "copy"): 4.5,
+        ("coverage_facemesh", "model"): coverage,
+        ("coverage_facemesh", "copy"): 1.0,
+    }
+    methods: dict[str, Method] = {"model": "model", "copy": "copy"}
+    table = ScoreTable(
+        *("o", "s", "d", "w", "none", 3, 0),
+        metrics=(
+            covered("akd_facemesh", "coverage_facemesh"),
+            covered("akd_facemesh_found", "coverage_facemesh"),
+            dataclasses.replace(covered("coverage_facemesh", ""), higher_is_better=True),
+            covered("frechet_sface", "coverage_facemesh", of_set=True),
+        ),
+        summaries=tuple(
+            ScoreSummary(metric, methods[method], mean, 0.0, mean, 3, 30)
+            for (metric, method), mean in means.items()
+        ),
+        sets=(SetScore("frechet_sface", "model", 0.5, 3, 30),),
+        setting="cross",
+        motion="relative",
+    )
+    text = "\n".join(score_lines(table))
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    share = f"{100 * coverage:.3g} %"
+    star = "*" if is_marked else ""  # of frames that were found, only where as many were
+    assert f"akd_facemesh (down) 3.000* {share} 4.500 100 %" in lines
+    assert f"akd_facemesh_found (down) 2.000{star} {share} 4.500 100 %" in lines
+    assert f"frechet_sface (down) 0.5000 {share} -" in lines
+    assert "by facemesh, version 4, weights abababababababab, Apache-2.0" in lines
+    assert any(line.startswith("another identity's motion, relative") for line in lines)
+
+
+def test_settings_of_an_evaluation_have_flags(tmp_path: Path) -> None:
+    base = ("evaluate", "--checkpoint", "demo", "--data", str(tmp_path), "--out", "x")
+    assert "csim_source_sface" in refused(*base, "--setting", "cross")
+    assert "not 'sideways'" in refused(*base, "--setting", "sideways")
+    assert "motion is for kind = cross" in refused(*base, "--motion", "relative")
+    both = ("--pairs", "p.csv", "--num-pairs", "3")
+    assert "num_pairs or pairs" in refused(*base, "--setting", "cross", *both)
+    few = ("--setting", "few_shot", "--metrics", "flicker", "--dry-run")
+    assert "flicker: is over frames that follow one another" in refused(*base, *few)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from kpmask.config import ScoreSetting, validated
 from kpmask.errors import ConfigError, RowError
 from kpmask.metric_names import METRICS, SET_METRICS
 from kpmask.records import ClipRecord
@@ -142,8 +144,8 @@ def test_what_compares_pixels_is_refused_for_another_identity() -> None:
     with pytest.raises(ConfigError) as caught:
         refuse_unfit(("l1", "csim_source_sface", "csim_truth_sface"), "cross")
     assert caught.value.cause.startswith("l1, csim_truth_sface: ")
-    for name in ("akd_motion_facemesh", "mkr_movenet", "coverage_source_sface", "csim_source"):
-        assert name in caught.value.cause
+    for kind in ("akd_motion", "mkr", "coverage_source", "csim_source", "jitter"):
+        assert f" {kind}_ESTIMATOR" in caught.value.cause
     assert "akd_motion_movenet" in caught.value.hint
     fit = {name for name in METRICS if suits(name, "cross")}
     assert not fit & {"l1", "ssim", "flicker", "aed_sq_sface", "csim_truth_sface", *SET_METRICS}
@@ -156,3 +158,18 @@ def test_what_is_over_time_is_refused_for_held_out_frames() -> None:
         with pytest.raises(ConfigError, match=f"^metrics: {name}: "):
             refuse_unfit(("ssim", name), "few_shot")
     refuse_unfit(METRICS, "reconstruction")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"motion": "relative"}, "motion is for kind = cross, not reconstruction"),
+        ({"kind": "few_shot", "pairs": "p.csv"}, "pairs is for kind = cross, not few_shot"),
+        ({"kind": "cross", "num_frames": 8}, "num_frames is for kind = few_shot, not cross"),
+        ({"kind": "cross", "pairs": "p.csv", "num_pairs": 9}, "give num_pairs or pairs"),
+        ({"kind": "cross", "num_pairs": 0}, "greater than 0"),
+    ],
+)
+def test_what_means_nothing_in_a_setting_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        validated(ScoreSetting, values)

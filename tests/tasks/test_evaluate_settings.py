@@ -163,7 +163,7 @@ def test_what_cannot_be_had_is_refused_at_once(inputs: Path, tmp_path: Path) -> 
     heatmap = str(inputs / "heatmap.safetensors")
     with pytest.raises(ConfigError, match="supports absolute, not 'relative'"):
         plan(model_job(inputs, tmp_path, checkpoint=heatmap, setting=relative, metrics=OF_FACES))
-    with pytest.raises(ConfigError, match=r"l1.*there are: .*akd_motion_facemesh") as unnamed:
+    with pytest.raises(ConfigError, match=r"l1.*there are .*akd_motion_ESTIMATOR") as unnamed:
         plan(model_job(inputs, tmp_path, setting=relative))  # nobody named metrics
     assert "--metrics csim_source_sface" in unnamed.value.hint
     alone = make_dataset(
