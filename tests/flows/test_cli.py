@@ -428,7 +428,7 @@ def test_the_table_of_scores_has_coverage_beside_each_value(
 
 def test_settings_of_an_evaluation_have_flags(tmp_path: Path) -> None:
     base = ("evaluate", "--checkpoint", "demo", "--data", str(tmp_path), "--out", "x")
-    assert "csim_source_sface" in refused(*base, "--setting", "cross")
+    assert "csim_source_sface" in refused(*base, "--setting", "cross", "--dry-run")
     assert "not 'sideways'" in refused(*base, "--setting", "sideways")
     assert "motion is for kind = cross" in refused(*base, "--motion", "relative")
     both = ("--pairs", "p.csv", "--num-pairs", "3")
