@@ -17,11 +17,15 @@ def evaluate_stage(job: EvaluateJob) -> ScoreTable:
 
 def publish_scores(scores: ScoreTable) -> None:
     means = {f"{s.metric} ({s.method})": f"{s.mean:.4f}" for s in scores.summaries}
+    of_sets = {f"{s.metric} ({s.method})": f"{s.value:.4f}" for s in scores.sets}
+    motion = f", {scores.motion}" if scores.setting == "cross" else ""
     artifacts.publish(
         "evaluate",
         scores.uri,
         {
             **means,
+            **of_sets,
+            "setting": f"{scores.setting}{motion}",
             "videos": scores.num_videos,
             "failures": scores.num_failures,
             "weights": scores.weights_sha256,
@@ -29,7 +33,7 @@ def publish_scores(scores: ScoreTable) -> None:
             "dataset": scores.dataset_id,
             "settings": scores.settings_digest,
         },
-        files=("index.html", "scores.parquet", "summary.json"),
+        files=("index.html", "scores.parquet", "frames.parquet", "summary.json"),
     )
 
 

@@ -12,13 +12,13 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from kpmask.errors import DatasetError, StorageError
+from kpmask.errors import StorageError
 from kpmask.evaluate import paired_scores, summarise, video_scores
 from kpmask.metrics import SetMetric
 from kpmask.records import (
@@ -26,9 +26,6 @@ from kpmask.records import (
     Failure,
     FrameScores,
     Method,
-    MetricInfo,
-    PairedScore,
-    ScoreSummary,
     ScoreTable,
     SetScore,
     VideoScore,
@@ -38,7 +35,6 @@ from kpmask.report import evaluation_page
 from tasks.manifest import (
     iter_table,
     iter_table_if_any,
-    read_json,
     read_table,
     read_table_metadata,
     write_json,
@@ -105,30 +101,6 @@ def _clip_scores(clip_id: str, rows: Sequence[VideoScore]) -> ClipScores:
         values=tuple(row.value for row in rows),
         num_frames=tuple(row.num_frames for row in rows),
     )
-
-
-def read_score_table(store: ObjectStore) -> ScoreTable:
-    """The summary of a finished evaluation.
-
-    Raises:
-        StorageError: not_found and the like. DatasetError: it is no such summary.
-    """
-    values = read_json(store, SUMMARY)
-    parts: dict[str, type[Any]] = {
-        "metrics": MetricInfo,
-        "summaries": ScoreSummary,
-        "paired": PairedScore,
-        "sets": SetScore,
-    }
-    try:
-        rows = {
-            name: tuple(kind(**row) for row in values.get(name, ())) for name, kind in parts.items()
-        }
-        return ScoreTable(**{**values, **rows})
-    except (TypeError, AttributeError) as error:
-        raise DatasetError(
-            f"not an evaluation's: {error}", subject=f"{store.uri}/{SUMMARY}"
-        ) from error
 
 
 # --- metrics of the whole set ----------------------------------------------------------------
