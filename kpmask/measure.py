@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
+from itertools import combinations
 from typing import Final
 
 from kpmask.errors import ConfigError
@@ -62,7 +62,7 @@ def same_tables(tables: Mapping[str, ScoreTable]) -> None:
     Raises:
         ConfigError: as `same_measure`, or naming both tables and what they were drawn from.
     """
-    for (name, table), (other_name, other) in pairwise(tables.items()):
+    for (name, table), (other_name, other) in combinations(tables.items(), 2):
         drawn = [(t.setting, t.motion if t.setting == "cross" else "") for t in (table, other)]
         if drawn[0] != drawn[1]:
             shown = " and ".join(" ".join(part for part in found if part) for found in drawn)

@@ -80,3 +80,6 @@ def test_tables_of_one_setting_join() -> None:
     newer = dataclasses.replace(L1, version="2")
     with pytest.raises(ConfigError, match="version is 1 and 2"):
         same_tables({"a": table(), "b": table(), "c": table(metrics=(newer,))})
+    # Though neither has anything to say against the one between them.
+    with pytest.raises(ConfigError, match="version is 1 and 2"):
+        same_tables({"a": table(), "b": table(metrics=(AKD,)), "c": table(metrics=(newer,))})
