@@ -14,7 +14,7 @@
     KeptWeights      a file on it; loss_curve_svg: its losses as one picture
     gallery_page     thousands of animations: search, order, groups, each beside its inputs
     poster           the still picture of one
-    evaluation_page  methods x metrics, plots, scores of each video
+    evaluation_page  methods x metrics, published numbers, worst and best clips, every score
     comparison_page  systems x metrics, margins, ablations, curves, strips
     demo_page        the four parts on one front page
     overview_page    jobs in a folder, and the way to their pages

@@ -62,8 +62,8 @@ def clip_cards(
 ) -> list[Clip]:
     """Cards of all videos, those first that are seen at first: worst, best, second worst, ..."""
     values = [video.scores[column] for video in videos]
-    order = sorted(_ranked(values), key=lambda place: -(values[place] or 0.0))
-    worst_first = order[::-1] if higher_is_better else order
+    sign = 1 if higher_is_better else -1
+    worst_first = sorted(_ranked(values), key=lambda place: sign * (values[place] or 0.0))
     places = worst_and_best(worst_first, NUM_PAIRS)
     seen = {number: f"{word}: {label} {figure(values[number] or 0.0)}" for number, word in places}
     rest = [number for number in range(len(videos)) if number not in seen]

@@ -562,6 +562,20 @@ def test_without_a_script_the_worst_and_best_are_seen() -> None:
     assert seen_in(page_of(media={})) == []
 
 
+@pytest.mark.browser
+@pytest.mark.parametrize("name", ["l1", "ssim"])
+def test_clips_of_one_value_come_in_the_same_order_with_and_without_a_script(
+    name: str, folder: Path, browser: Chromium
+) -> None:
+    table, scores, frames = evaluation((name,))
+    alike = [dataclasses.replace(score, value=0.5) for score in scores]
+    html = page_of(table=table, scores=alike, frames=frames)
+    path = folder / "alike.html"
+    path.write_text(html, encoding="utf-8")
+    browser.open(path)
+    assert browser.evaluate(SEEN_NAMES) == seen_in(html)
+
+
 def test_the_data_holds_each_frame_that_counts() -> None:
     data = data_of(page_of())
     curves = {(m, c, method): values for m, c, method, values in data["curves"]}
@@ -758,6 +772,27 @@ def test_the_worst_and_best_follow_the_metric(browser: Chromium, page: Path) -> 
     assert len(browser.evaluate(SEEN_NAMES)) == 2
     assert {urlsplit(url).scheme for url in browser.requests} <= {"file", "data"}
     assert browser.complaints == []
+
+
+@pytest.mark.browser
+def test_small_numbers_read_as_they_do_in_tables(browser: Chromium, folder: Path) -> None:
+    values = [0.0, 1.234e-5, 9.999e-4, 0.05, 1.0, 26.98, 123.4, 54321.0, -0.1234]
+    table, scores, frames = evaluation(("l1",))
+    by_clip = {f"clip-{number}": value for number, value in enumerate(values)}
+    path = folder / "small.html"
+    path.write_text(
+        page_of(
+            table=table,
+            scores=[dataclasses.replace(s, value=by_clip[s.name]) for s in scores],
+            frames=frames,
+        ),
+        encoding="utf-8",
+    )
+    browser.open(path)
+    choose(browser, "[data-pairs]", "1000")
+    lines = dict(zip(browser.evaluate(SEEN_NAMES), browser.evaluate(SEEN_LINES), strict=True))
+    for name, value in by_clip.items():
+        assert lines[name].endswith(f"L1 {figure(value)}")
 
 
 @pytest.mark.browser
