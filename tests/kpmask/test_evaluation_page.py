@@ -702,7 +702,8 @@ SEEN_LINES = f"{SEEN}.map((card) => card.querySelector('[data-line]').textConten
 FIRST = "document.querySelector('#clips > article')"
 TIMES = f"[...{FIRST}.querySelectorAll('video')].map((v) => v.currentTime)"
 READY = f"[...{FIRST}.querySelectorAll('video')].every((v) => v.readyState >= 2 && !v.seeking)"
-FITS = "document.documentElement.scrollWidth <= innerWidth"
+# Beside it the screen: a phone shows a page that is too wide from further away.
+WIDTH = "document.documentElement.scrollWidth"
 TOLD = f"{FIRST}.querySelector('[data-frame]').textContent"
 
 
@@ -902,10 +903,10 @@ def test_a_link_opens_its_clip(browser: Chromium, page: Path) -> None:
 def test_it_fits_the_screen(browser: Chromium, page: Path, width_px: int, scheme: str) -> None:
     emulate(browser, prefers_color_scheme=scheme, prefers_reduced_motion="reduce")
     browser.open(page, width_px=width_px)
-    assert browser.evaluate(FITS)
+    assert browser.evaluate(WIDTH) <= width_px
     browser.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
     choose(browser, "[data-pairs]", "1000")
-    assert browser.evaluate(FITS)
+    assert browser.evaluate(WIDTH) <= width_px
     at_clips(browser)
     axis = f"(b => [b.left, b.right])({FIRST}.querySelector('.axis').getBoundingClientRect())"
     left, right = browser.evaluate(axis)
