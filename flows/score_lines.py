@@ -14,6 +14,7 @@ SETTINGS: Final = {
     "cross": "another identity's motion, {motion}: a source beside the driving video that moves it",
     "few_shot": "few-shot protocol: held-out frames from one frame of the same person, #FT = 0",
 }
+COUNTED: Final = {"reconstruction": "videos", "cross": "pairs", "few_shot": "people"}
 
 
 def score_lines(scores: ScoreTable) -> list[str]:
@@ -38,7 +39,7 @@ def score_lines(scores: ScoreTable) -> list[str]:
     lines += [*_protocol_lines(scores), *_estimator_lines(scores)]
     if SETTINGS[scores.setting]:
         lines.append(SETTINGS[scores.setting].format(motion=scores.motion))
-    lines.append(f"{scores.num_videos} videos; {scores.num_failures} failures")
+    lines.append(f"{scores.num_videos} {COUNTED[scores.setting]}; {scores.num_failures} failures")
     if scores.perceptual:
         lines.append(f"trained against: {scores.perceptual}")
     lines.append(f"page: {scores.uri}/index.html")

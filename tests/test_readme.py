@@ -83,6 +83,7 @@ def test_commands_leave_what_the_readme_says(tour: Path) -> None:
         "tour/animations/index.html",
         "tour/grid/manifest.parquet",
         "tour/scores/scores.parquet",
+        "tour/few/frames.parquet",
         "tour/compared/comparison.json",
         "tour/study/public/index.html",
         "tour/study-scores/summary.json",
