@@ -22,7 +22,7 @@ from kpmask.records import ClipRecord, DatasetChanges, DatasetManifest, Failure,
 from kpmask.report import DatasetSummary, dataset_page, preview_key, preview_strip
 from kpmask.report import dataset as module
 from tests.support.chromium import Chromium, find_chromium
-from tests.support.pages import Page
+from tests.support.pages import FITS, Page
 
 SHA = "ab12" * 16
 HOSTILE = "</script><script>alert(1)</script><!-- \" ' & \u2028 é"
@@ -581,10 +581,9 @@ def test_it_fits_the_screen(browser: Chromium, folder: Path, width_px: int, sche
     emulate(browser, prefers_color_scheme=scheme)
     browser.open(folder / "index.html", width_px=width_px)
     find(browser, "1")  # with both tables of matches
-    fits = "document.documentElement.scrollWidth <= innerWidth"
-    assert browser.evaluate(fits)
+    assert browser.evaluate(FITS)
     browser.evaluate("document.querySelector('.clip').click()")
-    assert browser.evaluate(fits)
+    assert browser.evaluate(FITS)
     box = browser.evaluate(
         "(b => [b.left, b.right, b.top, b.bottom])"
         "(document.querySelector('dialog').getBoundingClientRect())"

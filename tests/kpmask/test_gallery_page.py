@@ -26,7 +26,7 @@ from kpmask.records import AnimationRecord, CatalogManifest, Failure
 from kpmask.report import GalleryMedia, gallery_page, poster, poster_key
 from kpmask.report import gallery as module
 from tests.support.chromium import Chromium, find_chromium
-from tests.support.pages import Page
+from tests.support.pages import FITS, Page
 
 SHA = "ab12" * 16
 HOSTILE = "</script><script>alert(1)</script><!-- \" ' & \u2028 é"
@@ -345,7 +345,6 @@ NAMES = f"{TILES}.map((t) => t.title)"
 COUNT = "document.querySelector('[data-count]').textContent"
 FOCUSED = "document.activeElement.title"
 COLUMNS = "document.querySelector('#wall .row').children.length"
-FITS = "document.documentElement.scrollWidth <= innerWidth"
 TITLE = "document.querySelector('dialog h2').textContent"
 PLAYING = "[...document.querySelectorAll('video')].filter((v) => !v.paused).length"
 

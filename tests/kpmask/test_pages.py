@@ -15,7 +15,7 @@ import pytest
 from kpmask.report import curves
 from kpmask.report.page import _part
 from tests.support.chromium import Chromium, find_chromium
-from tests.support.pages import CONTROLS, FAINT_TEXTS, SHOWS_FOCUS, Page
+from tests.support.pages import CONTROLS, FAINT_TEXTS, FITS, SHOWS_FOCUS, Page
 from tests.support.site import pages, write_pages
 
 KINDS = tuple(pages())
@@ -159,7 +159,8 @@ def test_it_is_whole_on_every_screen(
     browser.prefer(prefers_color_scheme=scheme)
     browser.open(site[kind], width_px=width_px)
     browser.wait_for("[...document.images].every((i) => i.loading === 'lazy' || i.complete)")
-    assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert browser.evaluate(FITS)
+    assert browser.evaluate("document.documentElement.clientWidth") <= width_px
     assert browser.complaints == []
     for url in browser.requests:
         parts = urlsplit(url)
@@ -223,7 +224,7 @@ def test_paper_has_no_controls_and_is_white(
     light = palettes()["light"]["ink"]
     ink = f"rgb({', '.join(str(int(light[i : i + 2], 16)) for i in (1, 3, 5))})"
     assert browser.evaluate("getComputedStyle(document.body).color") == ink
-    assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert browser.evaluate(FITS)
 
 
 @pytest.mark.browser

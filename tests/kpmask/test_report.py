@@ -50,7 +50,7 @@ from kpmask.report import (
 )
 from kpmask.report.page import figure, num
 from tests.support.chromium import Chromium, find_chromium
-from tests.support.pages import Page
+from tests.support.pages import FITS, Page
 
 SHA = "ab12" * 16
 HOSTILE = '<script>alert(1)</script>" onload="x\' & é #?%41'
@@ -521,7 +521,7 @@ def test_a_browser_shows_it(browser: Chromium, folder: Path, file: str, width_px
     browser.open(folder / file, width_px=width_px)
     # What is on the screen has been fetched from the folder; nothing is wider than the screen.
     browser.wait_for("[...document.images].every((i) => i.loading === 'lazy' || i.complete)")
-    assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert browser.evaluate(FITS)
     assert {urlsplit(url).scheme for url in browser.requests} <= {"file", "data"}
     assert browser.complaints == []
 

@@ -56,6 +56,9 @@ class Page(HTMLParser):
 
 # --- JavaScript expressions ------------------------------------------------------------------
 
+# Whether nothing is wider than the screen. Not by innerWidth: a phone shows a page that is too wide
+# from further away, so that it always fits.
+FITS = "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
 # Controls that can be seen and are in the tab order; of radio buttons one a group.
 CONTROLS = """
 (() => {
