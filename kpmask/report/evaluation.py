@@ -251,8 +251,9 @@ def _lead(table: ScoreTable) -> str:
         return (
             "Another identity's motion: one clip's first frame is animated by a clip of somebody "
             f"else, {motion}. There is no true result: metrics compare with the driving frames, "
-            "and those of identities with the source. The driving video's own row shows what it "
-            "takes to be perfect in the one and lost in the other."
+            "and those of identities with the source. A copy of the source is the right person and "
+            "never moves, the driving video itself moves rightly and is somebody else: a model "
+            "should be neither."
         )
     if table.setting == "few_shot":
         return (
