@@ -12,11 +12,13 @@
   and the driving video stands there in their place; frames that are held out do not follow one
   another, and no encoder would see them so.
 - Some videos leave short previews behind, from which the page shows the best and the worst.
+- One run at a time works in a place: another waits for it, and has nothing left to score then.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
@@ -26,6 +28,7 @@ from kpmask.records import ClipScores, Progress, ScoreTable, SetScore
 from tasks import score_results as results
 from tasks import storage
 from tasks.cluster import ray_session, run_items, with_gpus
+from tasks.lease import Lease, lease
 from tasks.manifest import Journal, check_failures
 from tasks.score_plan import STAGE, ScoreItem, ScorePlan, score_plan
 from tasks.score_results import SCORES as SCORES
@@ -33,9 +36,12 @@ from tasks.score_results import scores_page as scores_page
 from tasks.score_worker import ScoreSettings, worker_of
 from tasks.storage import ObjectStore
 
+log = logging.getLogger(__name__)
+
 OnProgress = Callable[[Progress], None]
 
 ENTRIES: Final = f"{results.JOURNAL}/scores"
+LEASE: Final = ".state/lease"
 
 
 def evaluate(job: EvaluateJob, *, on_progress: OnProgress | None = None) -> ScoreTable:
@@ -44,12 +50,15 @@ def evaluate(job: EvaluateJob, *, on_progress: OnProgress | None = None) -> Scor
     Raises:
         ConfigError, CheckpointError, DatasetError: see `score_plan`.
         StorageError: a store denies, lacks space or does not answer; what is done is kept.
-        RunFailed: more than `max_failed_fraction` of the videos failed.
+        RunFailed: more than `max_failed_fraction` of the videos failed; or, code `busy`, another
+            run took over since this one stood still for too long.
     """
     planned = score_plan(job)
-    run = _Run(job, planned, storage.open_store(job.out), on_progress)
-    run.score()
-    table = run.publish()
+    store = storage.open_store(job.out)
+    with lease(store, LEASE, on_wait=log.warning) as held:
+        run = _Run(job, planned, store, held, on_progress)
+        run.score()
+        table = run.publish()
     num_items = len(planned.clips) + len(planned.failures)
     check_failures(run.failures, num_items, job.max_failed_fraction)
     if not table.summaries and not table.sets:
@@ -86,11 +95,13 @@ class _Run:
         job: EvaluateJob,
         planned: ScorePlan,
         store: ObjectStore,
+        held: Lease,
         on_progress: OnProgress | None,
     ) -> None:
         self._job = job
         self._planned = planned
         self._store = store
+        self._held = held
         self._on_progress = on_progress
         self._items = {item.clip.clip_id: item for item in planned.items()}
         self._earlier = results.earlier(store, planned)
@@ -134,12 +145,13 @@ class _Run:
         for outcome in run_items(
             items,
             worker_of(self._job),
-            (ScoreSettings.of(self._job),),
+            (ScoreSettings.of(self._job).as_planned(self._planned),),
             key=lambda item: item.clip.name,
             stage=STAGE,
             cluster=with_gpus(self._job.cluster, self._job.device),
             on_progress=self._on_progress,
         ):
+            self._held.check()
             clip_id = outcome.item.clip.clip_id
             if outcome.result is not None:
                 self._journal.add(outcome.item.entry, outcome.result)
@@ -150,6 +162,7 @@ class _Run:
 
     def publish(self) -> ScoreTable:
         """Tables, summary and page; then what only the run needed is removed."""
+        self._held.check()
         clips = [
             dataclasses.replace(scores, name=self._items[clip_id].clip.name)
             for clip_id, scores in self._scores().items()
@@ -160,6 +173,7 @@ class _Run:
         failures = [*self.failures, *results.too_few(self._planned, sets)]
         table = results.publish(self._store, self._planned, clips, curves, sets, failures)
         results.remove_journal(self._store)
+        results.remove_other_previews(self._store, self._planned)
         return table
 
     def _sets(self) -> tuple[SetScore, ...]:

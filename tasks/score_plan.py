@@ -27,7 +27,7 @@ from kpmask.errors import (
 from kpmask.evaluate import metric_info, set_metric_info
 from kpmask.media.roundtrip import CRF
 from kpmask.metric_names import SET_METRICS, with_coverage
-from kpmask.metrics import SetMetric, build_metrics, build_set_metrics
+from kpmask.metrics import Metric, SetMetric, build_metrics, build_set_metrics
 from kpmask.records import (
     Average,
     ClipRecord,
@@ -83,7 +83,7 @@ Scored = ClipRecord | VideoPair | CrossPair | HeldOutFrames
 
 @dataclass(frozen=True, slots=True)
 class ScoreItem:
-    """What is to be scored, whether a preview of it is wanted, and its name in the journal."""
+    """What is to be scored, whether a preview of it is wanted, and its name: see `entry_of`."""
 
     clip: Scored
     preview: bool
@@ -117,11 +117,19 @@ class ScorePlan:
         """All that is to be scored; previews are of some that are spread over them."""
         count = min(NUM_PREVIEWS, len(self.clips))
         shown = {k * len(self.clips) // count for k in range(count)}
-        prefix = self.settings_digest[:ID_LENGTH]
+        settings_digest = self.settings_digest
         return [
-            ScoreItem(clip, preview=number in shown, entry=f"{prefix}-{clip.clip_id}")
+            ScoreItem(clip, preview=number in shown, entry=entry_of(settings_digest, clip.clip_id))
             for number, clip in enumerate(self.clips)
         ]
+
+
+def entry_of(settings_digest: str, clip_id: str) -> str:
+    """What a video is called in the journal and among the previews.
+
+    With the settings in it, so that nothing is taken for that of other weights, say.
+    """
+    return f"{settings_digest[:ID_LENGTH]}-{clip_id}"
 
 
 def score_plan(job: EvaluateJob) -> ScorePlan:
@@ -138,10 +146,7 @@ def score_plan(job: EvaluateJob) -> ScorePlan:
     refuse_unfit(job.metrics, job.setting.kind)
     protocol = protocol_of(job)
     sets = tuple(build_set_metrics(job.metrics))
-    metrics = (
-        *(metric_info(metric, protocol) for metric in build_metrics(frame_metrics(job.metrics))),
-        *(set_metric_info(metric, protocol) for metric in sets),
-    )
+    metrics = infos_of(build_metrics(frame_metrics(job.metrics)), sets, protocol)
     cross = job.setting.kind == "cross"
     planned = ScorePlan(
         clips=(),
@@ -161,6 +166,16 @@ def score_plan(job: EvaluateJob) -> ScorePlan:
 def frame_metrics(names: Sequence[str]) -> tuple[str, ...]:
     """The metrics that are of single frames, with the coverages that all are to be read with."""
     return tuple(name for name in with_coverage(names) if name not in SET_METRICS)
+
+
+def infos_of(
+    metrics: Iterable[Metric], set_metrics: Iterable[SetMetric], protocol: ScoreProtocol
+) -> tuple[MetricInfo, ...]:
+    """What the numbers of these metrics are made with."""
+    return (
+        *(metric_info(metric, protocol) for metric in metrics),
+        *(set_metric_info(metric, protocol) for metric in set_metrics),
+    )
 
 
 def protocol_of(job: EvaluateJob) -> ScoreProtocol:
@@ -246,7 +261,8 @@ def _pairs(
     if pairs:
         return pairs
     if setting.pairs is not None:
-        raise ConfigError("it has no pair", subject=setting.pairs, code="nothing_to_do")
+        first = f"; {failures[0].item}: {failures[0].cause}" if failures else ""
+        raise ConfigError(f"it has no pair{first}", subject=setting.pairs, code="nothing_to_do")
     raise DatasetError(
         f"its {job.partition} clips are all of one identity",
         subject=job.data or "",

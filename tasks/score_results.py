@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from kpmask.records import (
     as_dict,
 )
 from kpmask.report import evaluation_page
+from tasks.inputs import ID_LENGTH
 from tasks.manifest import (
     iter_table,
     iter_table_if_any,
@@ -40,8 +42,8 @@ from tasks.manifest import (
     write_json,
     write_table,
 )
-from tasks.score_plan import STAGE, ScorePlan
-from tasks.score_worker import PREVIEW_FRAMES, curves_key, features_key, media_of
+from tasks.score_plan import STAGE, ScorePlan, entry_of
+from tasks.score_worker import MEDIA, PREVIEW_FRAMES, curves_key, features_key, media_of
 from tasks.storage import ObjectStore
 
 SCORES: Final = "scores.parquet"
@@ -52,6 +54,7 @@ PAGE: Final = "index.html"
 JOURNAL: Final = "journal"
 METHODS: Final[tuple[Method, ...]] = ("model", "copy", "codec")  # that sets are measured of
 REMOVERS: Final = 16
+_PREVIEW: Final = re.compile(rf"{MEDIA}/[0-9a-f]{{{ID_LENGTH}}}-")
 
 
 # --- what an earlier run left ----------------------------------------------------------------
@@ -78,6 +81,8 @@ def earlier(store: ObjectStore, planned: ScorePlan) -> Earlier:
         if row.clip_id in with_curves:
             by_clip.setdefault(row.clip_id, []).append(row)
     scores = {clip_id: _clip_scores(clip_id, rows) for clip_id, rows in by_clip.items()}
+    for clip_id in json.loads(metadata.get("unscored", "[]")):
+        scores[clip_id] = _clip_scores(clip_id, ())
     sets = json.loads(metadata.get("sets", "[]"))
     return Earlier(scores, tuple(SetScore(**values) for values in sets))
 
@@ -95,7 +100,7 @@ def _metadata(store: ObjectStore, key: str) -> Mapping[str, str]:
 def _clip_scores(clip_id: str, rows: Sequence[VideoScore]) -> ClipScores:
     return ClipScores(
         clip_id=clip_id,
-        name=rows[0].name,
+        name=rows[0].name if rows else "",
         metrics=tuple(row.metric for row in rows),
         methods=tuple(row.method for row in rows),
         values=tuple(row.value for row in rows),
@@ -212,11 +217,15 @@ def publish(
     metadata = {"settings_digest": planned.settings_digest}
     # With the scores, since they belong to no other set: the summary is there before them.
     of_sets = json.dumps([as_dict(score) for score in sets], sort_keys=True)
+    # They have no row to be known by; a video of one frame has none, and where all metrics are of
+    # sets no video has one.
+    unscored = json.dumps([clip.clip_id for clip in clips if not clip.metrics])
     write_table(store, FAILURES, failures, Failure, metadata=metadata)
     write_json(store, SUMMARY, table)
     write_table(store, FRAMES, curves, FrameScores, metadata=metadata)
     store.put(PAGE, scores_page(store, table, scores, failures).encode())
-    write_table(store, SCORES, scores, VideoScore, metadata={**metadata, "sets": of_sets})
+    known = {**metadata, "sets": of_sets, "unscored": unscored}
+    write_table(store, SCORES, scores, VideoScore, metadata=known)
     return table
 
 
@@ -242,9 +251,20 @@ def all_curves(
 def remove_journal(store: ObjectStore) -> None:
     """Remove what only the run needed, entries first: an entry must find its curves."""
     for prefix in (f"{JOURNAL}/scores/", f"{JOURNAL}/"):
-        with ThreadPoolExecutor(REMOVERS) as pool:
-            for _ in pool.map(store.delete, [info.key for info in store.list(prefix)]):
-                pass
+        _remove(store, [info.key for info in store.list(prefix)])
+
+
+def remove_other_previews(store: ObjectStore, planned: ScorePlan) -> None:
+    """Remove previews that runs with other settings left here."""
+    own = f"{MEDIA}/{entry_of(planned.settings_digest, '')}"
+    keys = [info.key for info in store.list(f"{MEDIA}/")]
+    _remove(store, [key for key in keys if _PREVIEW.match(key) and not key.startswith(own)])
+
+
+def _remove(store: ObjectStore, keys: Sequence[str]) -> None:
+    with ThreadPoolExecutor(REMOVERS) as pool:
+        for _ in pool.map(store.delete, keys):
+            pass
 
 
 def scores_page(
@@ -254,12 +274,12 @@ def scores_page(
     failures: Sequence[Failure],
 ) -> str:
     """The page of a finished evaluation; it refers to the previews beside it."""
-    keys = {info.key for info in store.list("media/")}
-    media = {
-        clip_id: media_of(clip_id)
+    keys = {info.key for info in store.list(f"{MEDIA}/")}
+    shown = {
+        clip_id: media_of(entry_of(table.settings_digest, clip_id))
         for clip_id in {score.clip_id for score in scores}
-        if media_of(clip_id).result in keys
     }
+    media = {clip_id: files for clip_id, files in shown.items() if files.result in keys}
     curves = iter_table_if_any(store, FRAMES, FrameScores)
     return evaluation_page(
         title="Evaluation",

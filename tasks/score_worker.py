@@ -6,6 +6,7 @@ features, under the journal, and its preview.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 import tempfile
@@ -21,14 +22,14 @@ from numpy.typing import NDArray
 from kpmask.animate import Animator, choose_device, to_frames, to_tensor
 from kpmask.config import EvaluateJob, MediaLimits, MetricName, ScoreProtocol
 from kpmask.data.dataset import Dataset
-from kpmask.errors import MediaError
+from kpmask.errors import CheckpointError, MediaError
 from kpmask.evaluate import FramePair, ScoredVideo, animated, reconstruct, scored_video
 from kpmask.media import decode, images
 from kpmask.media.encode import encode
 from kpmask.media.probe import probe
 from kpmask.media.roundtrip import through_codec
 from kpmask.metrics import build_metrics, build_set_metrics
-from kpmask.records import ClipRecord, ClipScores, FrameScores
+from kpmask.records import ClipRecord, ClipScores, FrameScores, MetricInfo
 from kpmask.report import GalleryMedia
 from tasks import storage, weights
 from tasks.cluster import Worker
@@ -38,8 +39,10 @@ from tasks.score_plan import (
     CrossPair,
     HeldOutFrames,
     ScoreItem,
+    ScorePlan,
     VideoPair,
     frame_metrics,
+    infos_of,
     protocol_of,
 )
 from tasks.storage import ObjectStore, absolute
@@ -49,13 +52,19 @@ Frame = NDArray[np.uint8]  # HWC RGB
 
 CURVES: Final = "journal/frames"
 FEATURES: Final = "journal/features"
+MEDIA: Final = "media"
 PREVIEW_FRAMES: Final = 100
 HELD_OUT_FPS: Final = 5.0  # of a preview whose frames do not follow one another
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreSettings:
-    """What a worker needs to know."""
+    """What a worker needs to know.
+
+    Attributes:
+        weights_sha256: of the model's weights, as the run found them; empty: any will do.
+        measured: what the run says of its metrics; None: whatever this machine has will do.
+    """
 
     out: str
     checkpoint: str
@@ -65,6 +74,8 @@ class ScoreSettings:
     metrics: tuple[MetricName, ...]
     protocol: ScoreProtocol
     limits: MediaLimits
+    weights_sha256: str = ""
+    measured: tuple[MetricInfo, ...] | None = None
 
     @classmethod
     def of(cls, job: EvaluateJob) -> ScoreSettings:
@@ -77,6 +88,12 @@ class ScoreSettings:
             metrics=job.metrics,
             protocol=protocol_of(job),
             limits=job.limits,
+        )
+
+    def as_planned(self, planned: ScorePlan) -> ScoreSettings:
+        """With what a worker must find on its machine, too."""
+        return dataclasses.replace(
+            self, weights_sha256=planned.weights_sha256, measured=planned.metrics
         )
 
 
@@ -95,6 +112,10 @@ class ClipWorker:
             device=settings.device,
             precision="float32",  # a score is of the weights, not of a processor's rounding
         )
+        if settings.weights_sha256 not in ("", self._animator.weights_sha256):
+            raise CheckpointError(
+                "these are not the weights with which the run began", subject=settings.checkpoint
+            )
         self._dataset = Dataset((), fetch=storage.open_store(settings.data).local)
         self._scorer = _Scorer(settings)
 
@@ -217,6 +238,9 @@ class _Scorer:
         self._metrics = build_metrics(frame_metrics(settings.metrics))
         self._set_metrics = build_set_metrics(settings.metrics)
         self._protocol = settings.protocol
+        if settings.measured is not None:
+            found = infos_of(self._metrics, self._set_metrics, self._protocol)
+            _check_measured(found, settings.measured)
 
     def score(
         self,
@@ -242,9 +266,29 @@ class _Scorer:
             set_metrics=self._set_metrics,
         )
         if item.preview:
-            show(self._store, item.clip.clip_id, kept, fps=fps, source_HWC=source_HWC)
+            show(self._store, item.entry, kept, fps=fps, source_HWC=source_HWC)
         leave(self._store, item.entry, scored)
         return scored.scores
+
+
+def _check_measured(found: Sequence[MetricInfo], wanted: Sequence[MetricInfo]) -> None:
+    """Let a machine work that measures as the run says that it does.
+
+    Raises:
+        CheckpointError: its estimators, say, have other weights.
+    """
+    for own, info in zip(found, wanted, strict=True):
+        if own != info:
+            raise CheckpointError(
+                f"measured otherwise here than where the run began: version {own.version} and "
+                f"{info.version}, weights {_short(own)} and {_short(info)}",
+                subject=info.name,
+                hint="have the same kpmask, and the same `kpmask weights`, on every machine",
+            )
+
+
+def _short(info: MetricInfo) -> str:
+    return info.weights_sha256[:16] if info.weights_sha256 else "none"
 
 
 def leave(store: ObjectStore, entry: str, scored: ScoredVideo) -> None:
@@ -274,14 +318,14 @@ def _npy(table_ND: NDArray[np.float64]) -> bytes:
 
 def show(
     store: ObjectStore,
-    clip_id: str,
+    entry: str,
     kept: Sequence[tuple[Frames, Frames]],
     *,
     fps: float,
     source_HWC: Frame | None,
 ) -> None:
     """Put the source, the drawn and the true video's beginning into the store."""
-    media = media_of(clip_id)
+    media = media_of(entry)
     generated, true = (np.concatenate(column) for column in zip(*kept, strict=True))
     picture_HWC = true[0] if source_HWC is None else source_HWC
     store.put(media.source, images.encode_jpeg(picture_HWC, quality=85))
@@ -292,12 +336,12 @@ def show(
             store.put_file(key, path)
 
 
-def media_of(clip_id: str) -> GalleryMedia:
-    """Where a clip's previews lie."""
+def media_of(entry: str) -> GalleryMedia:
+    """Where an item's previews lie."""
     return GalleryMedia(
-        source=f"media/{clip_id}.jpg",
-        driving=f"media/{clip_id}-true.mp4",
-        result=f"media/{clip_id}.mp4",
+        source=f"{MEDIA}/{entry}.jpg",
+        driving=f"{MEDIA}/{entry}-true.mp4",
+        result=f"{MEDIA}/{entry}.mp4",
     )
 
 

@@ -28,7 +28,8 @@ class WarpingError:
     with OpenCV's DIS flow (Kroeger et al. 2016) in place of a network's. x is visible where x + f
     lies in the frame, and the flow g from t-1 to t leads back: |f + g|^2 <= 0.01 (|f|^2 + |g|^2) +
     0.5 px^2, the check of Sundaram et al. 2010. A true video is above 0 too, for its flow is not
-    exact. Frames without a visible pixel are not scored.
+    exact, and frames of one colour have 0: read it beside `ssim`. Frames without a visible pixel
+    are not scored.
     """
 
     name: ClassVar[str] = "warping_error"

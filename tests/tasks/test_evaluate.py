@@ -38,8 +38,8 @@ from kpmask.records import (
     to_table,
 )
 from tasks.evaluate import evaluate, plan
-from tasks.score_plan import ScoreItem, VideoPair
-from tasks.score_worker import PairWorker, ScoreSettings
+from tasks.score_plan import ScoreItem, VideoPair, entry_of
+from tasks.score_worker import PairWorker, ScoreSettings, media_of
 from tests.support.evaluations import (
     MODEL,
     job_of,
@@ -130,8 +130,9 @@ def test_the_page_and_the_summary_are_there(scored: Any) -> None:
     assert summary["weights_sha256"] == table.weights_sha256
     assert [ScoreSummary(**s) for s in summary["summaries"]] == list(table.summaries)
     page = (out / "index.html").read_text()
-    assert "media/test0.mp4" in page
-    assert (out / "media" / "test0-true.mp4").is_file()
+    media = media_of(entry_of(table.settings_digest, "test0"))
+    assert media.result in page
+    assert (out / media.driving).is_file()
     assert not [p for p in (out / "journal").rglob("*") if p.is_file()]
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +20,15 @@ from numpy.typing import NDArray
 from kpmask import Animator
 from kpmask.animate import to_frames
 from kpmask.data.dataset import Dataset
-from kpmask.errors import ConfigError, StorageError
+from kpmask.errors import CheckpointError, ConfigError, RunFailed, StorageError
 from kpmask.evaluate import ScoredVideo
 from kpmask.media.encode import encode
 from kpmask.metrics.frechet import FrechetSFace
 from kpmask.records import Failure, FrameScores, VideoScore, from_table
 from tasks import score_worker
-from tasks.evaluate import evaluate, plan
-from tasks.score_plan import NUM_PREVIEWS, ScorePlan
+from tasks.evaluate import LEASE, evaluate, plan
+from tasks.score_plan import NUM_PREVIEWS, ScorePlan, entry_of, score_plan
+from tasks.score_worker import ClipWorker, ScoreSettings, media_of
 from tests.support import estimators
 from tests.support.evaluations import (
     clip_record,
@@ -174,6 +179,108 @@ def test_previews_are_spread_over_the_videos(count: int) -> None:
         assert places[0] == 0 and gaps.max() - gaps.min() <= 1
 
 
+def test_previews_are_of_the_same_weights_as_the_scores(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.score_plan.NUM_PREVIEWS", 2)
+    write_weights(tmp_path / "other.safetensors", seed=8)
+    out = tmp_path / "out"
+    job = model_job(inputs, out, metrics=("l1",))
+    other = model_job(
+        inputs, out, metrics=("l1",), checkpoint=str(tmp_path / "other.safetensors"), max_clips=3
+    )
+    first = evaluate(job)
+    with monkeypatch.context() as patched:
+        dies_after(patched, 1)
+        with pytest.raises(StorageError):
+            evaluate(other)
+    assert evaluate(job) == first
+    assert shown(out) == {entry_of(first.settings_digest, clip) for clip in ("test0", "test2")}
+    second = evaluate(other)  # of fewer clips, so that others are shown
+    assert shown(out) == {entry_of(second.settings_digest, clip) for clip in ("test0", "test1")}
+    assert all(media_of(entry).result in (out / "index.html").read_text() for entry in shown(out))
+
+
+def shown(out: Path) -> set[str]:
+    return {path.stem for path in (out / "media").glob("*.jpg")}
+
+
+# --- reruns and other runs -------------------------------------------------------------------
+
+
+def test_a_second_run_waits_for_the_first(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looked_at: list[str]
+) -> None:
+    job = model_job(inputs, tmp_path, metrics=("l1",))
+    begun, waited = threading.Event(), threading.Event()
+
+    class Told(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            waited.set()
+
+    def slow(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        begun.set()
+        assert waited.wait(60)
+        yield from run_inline(*args, **kwargs)
+
+    monkeypatch.setattr("tasks.evaluate.run_items", slow)
+    handler = Told()
+    logging.getLogger("tasks.evaluate").addHandler(handler)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            first = pool.submit(evaluate, job)
+            assert begun.wait(60)
+            second = pool.submit(evaluate, job)
+            assert first.result() == second.result()
+    finally:
+        logging.getLogger("tasks.evaluate").removeHandler(handler)
+    assert looked_at == ["test0", "test1", "test2", "test3"]
+    assert not [path for path in (tmp_path / LEASE).rglob("*") if path.is_file()]
+
+
+def test_a_run_that_lost_its_place_writes_nothing_more(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(self: Any) -> None:
+        raise RunFailed("another run took over", code="busy")
+
+    monkeypatch.setattr("tasks.lease.Lease.check", lost)
+    with pytest.raises(RunFailed, match="took over"):
+        evaluate(model_job(inputs, tmp_path, metrics=("l1",)))
+    assert not (tmp_path / "scores.parquet").exists()
+    assert not [path for path in (tmp_path / "journal" / "scores").rglob("*") if path.is_file()]
+
+
+def test_a_clip_without_a_score_is_not_looked_at_again(
+    inputs: Path, tmp_path: Path, looked_at: list[str]
+) -> None:
+    make_dataset(tmp_path / "data", lengths={"test": (6, 1, 1)})
+    job = model_job(inputs, tmp_path / "out", data=str(tmp_path / "data"), metrics=("l1",))
+    table = evaluate(job)
+    assert table.num_videos == 3
+    assert {row.clip_id for row in read(tmp_path / "out", VideoScore, "scores")} == {"test0"}
+    before = files(tmp_path / "out")
+    assert evaluate(job) == table
+    assert looked_at == ["test0", "test1", "test2"]
+    assert files(tmp_path / "out") == before
+
+
+def test_a_machine_with_other_weights_scores_nothing(inputs: Path, tmp_path: Path) -> None:
+    job = model_job(inputs, tmp_path, metrics=("l1", "akd_facemesh"))
+    planned = score_plan(job)
+    told = ScoreSettings.of(job).as_planned(planned)
+    ClipWorker(told)
+    with pytest.raises(CheckpointError, match="not the weights with which the run began"):
+        ClipWorker(dataclasses.replace(told, weights_sha256="0" * 64))
+    infos = [
+        dataclasses.replace(info, weights_sha256="d0" * 32) if info.estimator else info
+        for info in planned.metrics
+    ]
+    with pytest.raises(CheckpointError, match="weights c0c0c0c0c0c0c0c0 and d0d0") as caught:
+        ClipWorker(dataclasses.replace(told, measured=tuple(infos)))
+    assert caught.value.subject == "akd_facemesh"
+
+
 # --- metrics of the whole set ----------------------------------------------------------------
 
 SET = ("l1", "frechet_sface")
@@ -244,6 +351,18 @@ def test_a_set_s_value_survives_reruns_and_kills(
     again = evaluate(job)
     assert looked_at[8:] == ["test3", "test0", "test1", "test2"]
     assert again.sets == whole.sets
+
+
+@pytest.mark.usefixtures("of_three")
+def test_a_set_with_a_clip_without_a_score_is_not_looked_at_again(
+    inputs: Path, tmp_path: Path, looked_at: list[str]
+) -> None:
+    make_dataset(tmp_path / "data", lengths={"test": (6, 1, 5, 4)})
+    job = model_job(inputs, tmp_path / "out", data=str(tmp_path / "data"), metrics=SET)
+    table = evaluate(job)
+    assert {score.num_videos for score in table.sets} == {3}
+    assert evaluate(job) == table
+    assert looked_at == ["test0", "test1", "test2", "test3"]
 
 
 @pytest.mark.usefixtures("of_three")

@@ -139,6 +139,9 @@ def test_pairs_come_from_a_table_and_bad_rows_are_failures(inputs: Path, tmp_pat
     }
     assert (table.num_videos, table.num_failures) == (2, 2)
     assert failures_of(tmp_path / "out")["line 5"][0] == "bad_row"
+    table_file.write_text("source,driving\nnobody,test1\n")
+    with pytest.raises(ConfigError, match="it has no pair; line 2: source: no clip is called"):
+        plan(job)
     for wrong in (tmp_path / "none.csv", inputs / "w.safetensors"):
         setting = ScoreSetting(kind="cross", pairs=str(wrong))
         with pytest.raises(ConfigError):
