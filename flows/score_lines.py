@@ -77,7 +77,7 @@ def _estimator_lines(scores: ScoreTable) -> list[str]:
         if info.estimator:
             estimators.setdefault(info.estimator, info)
     return [
-        f"by {name}, version {info.version.rpartition('+')[2]}, "
+        f"by {name}, version {info.version.partition('+')[2]}, "
         f"weights {(info.weights_sha256 or 'none')[:16]}, {info.licence}"
         for name, info in estimators.items()
     ]

@@ -48,7 +48,7 @@ _WHY: Final[Mapping[Setting, str]] = {
 }
 _SUGGESTED: Final[Mapping[Setting, str]] = {
     "cross": "for faces --metrics csim_source_sface,akd_motion_facemesh,akd_facemesh; "
-    "for bodies --metrics akd_motion_movenet,akd_movenet,mkr_movenet",
+    "for bodies --metrics akd_motion_movenet_found,akd_movenet_found,mkr_movenet",
     "few_shot": "--metrics ssim,psnr,l1, and for faces csim_truth_sface,akd_facemesh, too",
 }
 

@@ -15,7 +15,8 @@ and not that of the generated frame 0, or a model would gain by drawing its subj
   where the sizes cannot be had.
 - A point that the generated frame t has not, or the generated frame 0, counts as if it had moved
   across the whole frame, and away from where it should: no point could score worse. `_found`
-  leaves it out.
+  leaves it out. A joint that is lost in frame 0 costs in every frame, so of bodies read
+  `akd_motion_movenet_found` with `mkr_movenet` and its coverage.
 - Frame 0 is 0 by itself, where everything was found.
 """
 

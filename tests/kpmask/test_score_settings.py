@@ -146,7 +146,7 @@ def test_what_compares_pixels_is_refused_for_another_identity() -> None:
     assert caught.value.cause.startswith("l1, csim_truth_sface: ")
     for kind in ("akd_motion", "mkr", "coverage_source", "csim_source", "jitter"):
         assert f" {kind}_ESTIMATOR" in caught.value.cause
-    assert "akd_motion_movenet" in caught.value.hint
+    assert "akd_motion_movenet_found" in caught.value.hint
     fit = {name for name in METRICS if suits(name, "cross")}
     assert not fit & {"l1", "ssim", "flicker", "aed_sq_sface", "csim_truth_sface", *SET_METRICS}
     refuse_unfit(sorted(fit), "cross")

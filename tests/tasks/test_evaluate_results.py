@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from kpmask import Animator
 from kpmask.animate import to_frames
+from kpmask.config import Cluster
 from kpmask.data.dataset import Dataset
 from kpmask.errors import CheckpointError, ConfigError, RunFailed, StorageError
 from kpmask.evaluate import ScoredVideo
@@ -408,3 +409,44 @@ def test_an_entry_of_an_earlier_version_is_no_score(
     evaluate(model_job(inputs, tmp_path, metrics=("l1",)))
     assert looked_at == ["test0", "test1", "test2", "test3"]
     assert not [p for p in (tmp_path / "journal").rglob("*") if p.is_file()]
+
+
+# --- where it runs ---------------------------------------------------------------------------
+
+
+def test_workers_ask_for_a_gpu_where_the_device_may_be_one(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    given: list[float] = []
+
+    def with_gpus(cluster: Cluster, device: str) -> Cluster:
+        asked.append(device)
+        return cluster.model_copy(update={"gpus_per_worker": 1.0})
+
+    def noting(items: Any, *args: Any, cluster: Cluster, **kwargs: Any) -> Iterator[Any]:
+        given.append(cluster.gpus_per_worker)
+        return run_inline(items, *args, cluster=cluster, **kwargs)
+
+    monkeypatch.setattr("tasks.evaluate.with_gpus", with_gpus)
+    monkeypatch.setattr("tasks.evaluate.run_items", noting)
+    evaluate(model_job(inputs, tmp_path, metrics=("l1",), max_clips=1))
+    assert (set(asked), set(given)) == ({"cpu"}, {1.0})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["model", "videos"])
+def test_scores_are_the_same_on_a_gpu(inputs: Path, tmp_path: Path, kind: str) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    for side, seed in (("made", 1), ("true", 0)):
+        (tmp_path / side).mkdir()
+        encode(tmp_path / side / "v.mp4", some_frames(9, seed=seed), fps=25)
+    folders = {"generated": str(tmp_path / "made"), "reference": str(tmp_path / "true")}
+    tables = []
+    for device in ("cpu", "cuda"):
+        out, wanted = tmp_path / device, {"metrics": METRICS, "device": device}
+        job = job_of(out, **folders, **wanted) if kind == "videos" else None
+        tables.append(evaluate(job or model_job(inputs, out, **wanted)))
+    cpu, gpu = ({(s.metric, s.method): s.mean for s in table.summaries} for table in tables)
+    assert gpu == pytest.approx(cpu, rel=1e-3, abs=1e-4)
