@@ -207,7 +207,7 @@ def publish(job: CompareJob) -> Comparison:
     return comparison
 
 
-def page(store: ObjectStore, comparison: Comparison) -> str:
+def page(store: ObjectStore, comparison: Comparison, *, home: str | None = None) -> str:
     """The page of a comparison; it refers to the strips beside it."""
     curves = store.get(CURVES).decode()
     titles = {
@@ -220,7 +220,7 @@ def page(store: ObjectStore, comparison: Comparison) -> str:
         if store.exists(f"{name}.png")
     ]
     return comparison_page(
-        title="Comparison", comparison=comparison, curves_svg=curves, strips=strips
+        title="Comparison", comparison=comparison, curves_svg=curves, strips=strips, home=home
     )
 
 

@@ -128,11 +128,12 @@ def _run(store: ObjectStore, home: str | None) -> str:
 
 def _scores(store: ObjectStore, home: str | None) -> str:
     scores = read_table(store, SCORES, VideoScore)
-    return scores_page(store, read_record(store, SUMMARY, ScoreTable), scores, _failures(store))
+    table = read_record(store, SUMMARY, ScoreTable)
+    return scores_page(store, table, scores, _failures(store), home=home)
 
 
 def _comparison(store: ObjectStore, home: str | None) -> str:
-    return compared_page(store, read_record(store, COMPARISON, Comparison))
+    return compared_page(store, read_record(store, COMPARISON, Comparison), home=home)
 
 
 def _catalog(store: ObjectStore, home: str | None) -> str:
@@ -152,7 +153,8 @@ def _study(store: ObjectStore, home: str | None) -> str:
 
 
 def _study_scores(store: ObjectStore, home: str | None) -> str:
-    return study_scores_page(read_record(store, SUMMARY, StudyScores), _failures(store))
+    scores = read_record(store, SUMMARY, StudyScores)
+    return study_scores_page(scores, _failures(store), home=home)
 
 
 PAGES: Final[Mapping[JobKind, Callable[[ObjectStore, str | None], str]]] = {

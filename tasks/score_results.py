@@ -272,6 +272,8 @@ def scores_page(
     table: ScoreTable,
     scores: Sequence[VideoScore],
     failures: Sequence[Failure],
+    *,
+    home: str | None = None,
 ) -> str:
     """The page of a finished evaluation; it refers to the previews beside it."""
     keys = {info.key for info in store.list(f"{MEDIA}/")}
@@ -289,4 +291,5 @@ def scores_page(
         media=media,
         frames=[row for row in curves if row.clip_id in media],
         preview_frames=PREVIEW_FRAMES,
+        home=home,
     )

@@ -106,8 +106,10 @@ class _Chart:
     chance: float
 
 
-def scores_page(scores: StudyScores, failures: Sequence[Failure]) -> str:
-    """The page of a study's scores."""
+def scores_page(
+    scores: StudyScores, failures: Sequence[Failure], *, home: str | None = None
+) -> str:
+    """The page of a study's scores; `home` is the link of an overview page."""
     tiles = [
         Tile(num(scores.num_participants), "participants"),
         Tile(num(scores.num_items), "items"),
@@ -121,7 +123,7 @@ def scores_page(scores: StudyScores, failures: Sequence[Failure]) -> str:
         "study_scores.html",
         title=scores.title,
         kind="user study, scores",
-        home=None,
+        home=home,
         scores=scores,
         tiles=[*tiles, failure_tile(scores.num_failures)],
         labels=LABELS,

@@ -19,6 +19,7 @@ from kpmask.media.images import encode_png
 from kpmask.report.study import scores_page
 from kpmask.study import QUESTIONS, Study, read_answers, read_study, score_answers, screens_of
 from tests.support.chromium import Chromium, find_chromium
+from tests.support.pages import FITS
 from tests.support.participants import answers_of, as_bytes, by_lot
 
 NAMES = ("ann", "bob", "cy", "dee")
@@ -128,7 +129,6 @@ PICKED = "[...document.querySelectorAll('#questions input:checked')].map((i) => 
 VISIBLE = "['intro', 'screen', 'end'].filter((id) => !document.getElementById(id).hidden).join()"
 NEED = "document.querySelector('#need').textContent"
 TEXT = "document.querySelector('#text').value"
-FITS = "document.documentElement.scrollWidth <= innerWidth"
 READY = "[...document.querySelectorAll('video')].every((v) => v.readyState >= 3)"
 TIMES = "[...document.querySelectorAll('video')].map((v) => v.currentTime)"
 WARNING = "document.querySelector('#warning:not([hidden])').textContent"

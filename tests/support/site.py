@@ -365,7 +365,7 @@ def _demo() -> str:
 def _study_scores() -> str:
     study = _study()
     scores = score_answers(study, list(_answers(study)), uri="scored/x", num_failures=2)
-    return scores_page(scores, FAILURES)
+    return scores_page(scores, FAILURES, home=HOME)
 
 
 def _overview() -> str:

@@ -32,6 +32,7 @@ from tasks.dataset import open_dataset
 from tasks.manifest import read_table, write_json, write_table
 from tasks.report import rebuild_page
 from tasks.storage import open_store
+from tests.support.pages import Page
 
 SIDE_PX = 32
 NUM_FRAMES = 8
@@ -208,6 +209,15 @@ def test_the_page_is_written_again_from_what_is_there(finished: Path) -> None:
     assert "strip-cross.png" in before and "heatmap" in before
     rebuild_page(str(finished))
     assert (finished / "index.html").read_text() == before
+
+
+def test_an_overview_is_one_link_away(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "compared")
+    rebuild_page(str(tmp_path))
+    links = [a["href"] for a in Page((tmp_path / "compared/index.html").read_text()).of("a")]
+    assert "../overview.html" in links
+    (there,) = [a["href"] for a in Page((tmp_path / "overview.html").read_text()).of("a")][1:]
+    assert there == "compared/index.html"
 
 
 def test_the_plan_writes_nothing(data: str, tmp_path: Path) -> None:
