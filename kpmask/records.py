@@ -434,7 +434,8 @@ class ClipScores:
 class FrameScores:
     """One metric of one video frame by frame, NaN where it could not score a frame.
 
-    `values` begin with frame 0 of the driving video, whether or not it counts in the mean.
+    `values` begin with frame 0 of the driving video, whether or not it counts in the mean; in the
+    few_shot setting they are of the person's held-out frames.
     """
 
     clip_id: str
@@ -534,7 +535,8 @@ class ScoreTable:
     `dataset_id`, `weights_sha256` and `perceptual` (the features that the model was trained
     against) are empty where two folders were compared. `average` is which mean is shown first.
     `setting` and `motion` are what was drawn from what, see `kpmask.config.ScoreSetting`; a cross
-    setting's videos are pairs. `sets` are the metrics of the whole set.
+    setting's videos are pairs, and a few_shot setting's are people. `sets` are the metrics of the
+    whole set.
     """
 
     uri: str

@@ -30,6 +30,7 @@ from tasks import score_worker
 from tasks.evaluate import LEASE, evaluate, plan
 from tasks.score_plan import NUM_PREVIEWS, ScorePlan, entry_of, score_plan
 from tasks.score_worker import ClipWorker, ScoreSettings, media_of
+from tasks.storage import open_store
 from tests.support import estimators
 from tests.support.evaluations import (
     clip_record,
@@ -450,3 +451,25 @@ def test_scores_are_the_same_on_a_gpu(inputs: Path, tmp_path: Path, kind: str) -
         tables.append(evaluate(job or model_job(inputs, out, **wanted)))
     cpu, gpu = ({(s.metric, s.method): s.mean for s in table.summaries} for table in tables)
     assert gpu == pytest.approx(cpu, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.usefixtures("of_three")
+def test_results_lie_in_s3_as_well(
+    inputs: Path, tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch, looked_at: list[str]
+) -> None:
+    here = evaluate(model_job(inputs, tmp_path, metrics=SET))
+    looked_at.clear()
+    job = model_job(inputs, tmp_path, metrics=SET).model_copy(update={"out": f"{s3}/scores"})
+    evaluate(job.model_copy(update={"max_clips": 3}))
+    with monkeypatch.context() as patched:
+        dies_after(patched, 1)
+        with pytest.raises(StorageError):
+            evaluate(job)  # dies after the new clip, before the others' features are there again
+    table = evaluate(job)
+    assert looked_at[:3] == ["test0", "test1", "test2"]
+    assert set(looked_at[3:]) == {"test0", "test1", "test2", "test3"}
+    assert (table.sets, table.summaries) == (here.sets, here.summaries)
+    store = open_store(f"{s3}/scores")
+    assert not list(store.list("journal/"))
+    rows = from_table(pq.read_table(store.local("frames.parquet")), FrameScores)
+    assert {row.clip_id for row in rows} == {"test0", "test1", "test2", "test3"}
