@@ -14,7 +14,6 @@ SETTINGS: Final = {
     "cross": "another identity's motion, {motion}: a source beside the driving video that moves it",
     "few_shot": "few-shot protocol: held-out frames from one frame of the same person, #FT = 0",
 }
-COUNTED: Final = {"reconstruction": "videos", "cross": "pairs", "few_shot": "people"}
 
 
 def score_lines(scores: ScoreTable) -> list[str]:
@@ -24,6 +23,7 @@ def score_lines(scores: ScoreTable) -> list[str]:
     where it is the best of those that compare.
     """
     from kpmask.report.evaluation import method_rows
+    from kpmask.report.metric_labels import COUNTED
 
     by_method = method_rows(scores)
     methods = dict.fromkeys([s.method for s in scores.summaries] + [s.method for s in scores.sets])

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from kpmask.errors import ConfigError
-from kpmask.measure import same_tables
+from kpmask.measure import covered_alike, same_tables
 from kpmask.metric_names import METRICS as METRIC_NAMES
-from kpmask.metric_names import SET_METRICS
+from kpmask.metric_names import SET_METRICS, kind_of
 from kpmask.records import (
     Average,
     Failure,
@@ -30,7 +30,15 @@ from kpmask.records import (
     VideoScore,
 )
 from kpmask.report.gallery import GalleryMedia
-from kpmask.report.metric_labels import AVERAGES, FOUND, GROUPS, METHODS, QUANTISED, metric_label
+from kpmask.report.metric_labels import (
+    AVERAGES,
+    COUNTED,
+    FOUND,
+    GROUPS,
+    METHODS,
+    QUANTISED,
+    metric_label,
+)
 from kpmask.report.page import Tile, failure_tile, failure_values, figure, num, render
 from kpmask.report.published import PUBLISHED, PublishedMetric, PublishedTable, differences
 from kpmask.report.score_clips import ScoredVideo, clip_cards, clip_data, with_media
@@ -50,9 +58,9 @@ METRICS: Final[Mapping[str, tuple[str, str]]] = {
 }
 # They show frames that nobody drew, and are no rivals.
 NOT_BEST: Final = frozenset({METHODS["codec"], METHODS["driving"]})
-# Means of found frames are of other frames for each rival, if these differ by more than so much.
-MAX_COVERAGE_GAP: Final = 0.01
-MAX_TILES: Final = 6
+# A copy is the best of these by nature, which is no merit: it stands still, and it is the source.
+COPY_IS_BEST: Final = frozenset({"flicker", "csim_source", "coverage_source"})
+MAX_TILES: Final = 4
 MAX_CELLS: Final = 60_000  # of the table of videos
 PREVIEW_FRAMES: Final = 100
 
@@ -199,8 +207,6 @@ def evaluation_page(
     """
     columns = metric_columns(table)
     rows = _video_rows(columns, scores, media or {})
-    valued = [column for column in columns if column.value is not None]
-    tiles = [Tile(figure(c.value or 0.0), _with_unit(c)) for c in valued if not _covers(c)]
     by_video = [column for column in columns if not column.info.of_set]
     listed = rows[: min(limit, MAX_CELLS // max(1, len(by_video)))]
     return render(
@@ -213,8 +219,8 @@ def evaluation_page(
         lead=_lead(table),
         table=table,
         tiles=[
-            Tile(num(table.num_videos), "videos"),
-            *tiles[:MAX_TILES],
+            Tile(num(table.num_videos), COUNTED[table.setting]),
+            *_tiles(columns),
             failure_tile(table.num_failures),
         ],
         metrics=columns,
@@ -231,6 +237,20 @@ def evaluation_page(
         hidden_videos=len(rows) - len(listed),
         **failure_values(failures),
     )
+
+
+def _tiles(columns: Sequence[MetricColumn]) -> list[Tile]:
+    """The values to see first: of pixels, structure, points, and identities or sets."""
+    valued = [column for column in columns if column.value is not None and not _covers(column)]
+    kinds = [(kind_of(column.info.name), column) for column in valued]
+    wanted = (
+        [c for kind, c in kinds if kind == "l1"],
+        [c for kind, c in kinds if kind == "ssim"],
+        [c for kind, c in kinds if kind.startswith("akd")],
+        [c for kind, c in kinds if kind.startswith(("csim", "aed")) or c.info.of_set],
+    )
+    first = [found[0] for found in wanted if found]
+    return [Tile(figure(c.value or 0.0), _with_unit(c)) for c in (first or valued)[:MAX_TILES]]
 
 
 _REFERENCES: Final = (
@@ -346,35 +366,38 @@ def _rows(
     metrics: Sequence[MetricInfo], named: Mapping[str, _Named], average: Average
 ) -> list[MethodRow]:
     """A row for each name; the best of each metric is marked."""
-    rivals = [found for name, found in named.items() if name not in NOT_BEST]
-    best = {info.name: _best(info, rivals, average) for info in metrics}
+    rivals = {info.name: [name for name in named if _is_rival(name, info.name)] for info in metrics}
+    best = {
+        info.name: _best(info, [named[name] for name in rivals[info.name]], average)
+        for info in metrics
+    }
     rows = []
     for name, found in named.items():
-        marks = {} if name in NOT_BEST else best
+        marks = {metric: value for metric, value in best.items() if name in rivals[metric]}
         rows.append(MethodRow(name, [_cell(info, found, average, marks) for info in metrics]))
     return rows
 
 
+def _is_rival(name: str, metric: str) -> bool:
+    """Whether a row may be the best of a metric."""
+    is_copy = name == METHODS["copy"]
+    return name not in NOT_BEST and not (is_copy and kind_of(metric) in COPY_IS_BEST)
+
+
 def _best(info: MetricInfo, rivals: Sequence[_Named], average: Average) -> float | None:
-    """The best value of those that compare; None where there are not two of them."""
+    """The best value of those that compare; None where no two of them differ."""
     having = [found for found in rivals if _finite(found.value(info.name, average))]
-    if len(having) < 2:
+    shares = [found.value(info.coverage, average) for found in having]
+    if info.name.endswith(FOUND) and not covered_alike(shares):
         return None
-    if info.name.endswith(FOUND) and not _covered_alike(info, having, average):
+    values = {value for found in having if (value := found.value(info.name, average)) is not None}
+    if len(values) < 2:
         return None
-    values = [value for found in having if (value := found.value(info.name, average)) is not None]
     return max(values) if info.higher_is_better else min(values)
 
 
 def _finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
-
-
-def _covered_alike(info: MetricInfo, rivals: Sequence[_Named], average: Average) -> bool:
-    shares = [found.value(info.coverage, average) for found in rivals]
-    known = [share for share in shares if share is not None]
-    # A little more than the gap, which is a difference of two decimal fractions.
-    return len(known) == len(shares) and max(known) - min(known) <= MAX_COVERAGE_GAP + 1e-9
 
 
 def _cell(

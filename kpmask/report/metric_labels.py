@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from kpmask.records import Average, Quantise
+from kpmask.records import Average, Quantise, Setting
 
 FOUND: Final = "_found"
 METHODS: Final[Mapping[str, str]] = {
@@ -24,6 +24,11 @@ QUANTISED: Final[Mapping[Quantise, str]] = {
     "none": "frames as they are drawn",
     "truncate": "drawn frames cut off to 8 bits",
     "round": "drawn frames rounded to 8 bits",
+}
+COUNTED: Final[Mapping[Setting, str]] = {
+    "reconstruction": "videos",
+    "cross": "pairs",
+    "few_shot": "people",
 }
 AVERAGES: Final[Mapping[Average, str]] = {
     "videos": "mean of the videos' means",

@@ -353,6 +353,84 @@ def test_found_frames_alone_have_no_best_where_coverages_differ() -> None:
     assert best_of(without)["akd_facemesh_found"] == []
 
 
+def means(table: ScoreTable, metric: str, **values: float) -> ScoreTable:
+    """The table with other means of a metric, by method."""
+    return dataclasses.replace(
+        table,
+        summaries=tuple(
+            dataclasses.replace(s, mean=values[s.method])
+            if s.metric == metric and s.method in values
+            else s
+            for s in table.summaries
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("metric", "copy_is_best"),
+    [
+        *(("l1", True), ("temporal_error", True), ("csim_truth_sface", True)),
+        *(("flicker", False), ("csim_source_sface", False), ("csim_source_sface_found", False)),
+    ],
+)
+def test_a_copy_is_not_the_best_of_what_it_is_by_nature(metric: str, copy_is_best: bool) -> None:
+    table, _, _ = evaluation((metric, "coverage_sface", "coverage_source_sface"))
+    good, bad = (0.9, 0.1) if metric.startswith(HIGHER) else (0.1, 0.9)
+    for coverage in ("coverage_sface", "coverage_source_sface"):
+        table = means(table, coverage, model=1, copy=1)
+    wins = means(table, metric, model=bad, copy=good, codec=bad)
+    assert best_of(wins)[metric] == (["copy of the source"] if copy_is_best else [])
+    # Systems are rivals of each other all the same.
+    two = compared_rows({"one": wins, "two": means(table, metric, model=good, copy=good)})
+    marked = [row.name for row in two if row.cells[0].best]
+    assert marked == ["two", *(["copy of the source"] if copy_is_best else [])]
+
+
+def test_where_all_are_equal_none_is_the_best() -> None:
+    table, _, _ = evaluation()
+    assert best_of(means(table, "l1", model=0.5, copy=0.5, codec=0.1))["l1"] == []
+
+
+def tiles_of(html: str) -> list[tuple[str, str]]:
+    """Value and label."""
+    (tiles,) = re.findall(r'<ul class="tiles">(.*?)</ul>', html, re.S)
+    return re.findall(r"<b>(.*?)</b><span>(.*?)</span>", tiles)
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [
+        (
+            (
+                *("l1_with_first", "psnr", "flicker", "l1", "mkr_facemesh", "akd_facemesh_found"),
+                *("akd_facemesh", "csim_truth_sface", "aed_sq_sface", "ssim", "coverage_facemesh"),
+            ),
+            ["l1", "ssim", "akd_facemesh_found", "csim_truth_sface"],
+        ),
+        (("psnr", "akd_motion_facemesh", "aed_l2_sface"), ["akd_motion_facemesh", "aed_l2_sface"]),
+        (("coverage_facemesh", "psnr", "flicker"), ["psnr", "flicker"]),
+    ],
+)
+def test_tiles_are_of_what_matters(names: tuple[str, ...], wanted: list[str]) -> None:
+    table, scores, _ = evaluation(names, setting="cross")
+    found = tiles_of(evaluation_page(title="x", table=table, scores=scores, failures=[]))
+    assert found[0] == (str(NUM_CLIPS), "pairs")
+    mine = {s.metric: figure(s.mean) for s in table.summaries if s.method == "model"}
+    labels = {name: metric_label(name) for name in wanted}
+    assert found[1:-1] == [
+        (mine[name], f"{label.label}, {label.unit}" if label.unit else label.label)
+        for name, label in labels.items()
+    ]
+    assert found[-1] == ("0", "failures")
+
+
+def test_a_tile_is_of_sets_where_there_is_nothing_of_identities() -> None:
+    table, scores, _ = evaluation(("l1", "frechet_sface"))
+    table = dataclasses.replace(table, sets=(SetScore("frechet_sface", "model", 0.31, 300, 7200),))
+    found = tiles_of(evaluation_page(title="x", table=table, scores=scores, failures=[]))
+    assert found[2] == ("0.3100", "Fréchet SFace")
+
+
 def test_an_estimator_that_found_nothing_has_no_numbers_and_no_best() -> None:
     table, scores, _ = evaluation()
     lost = dataclasses.replace(
