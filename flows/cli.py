@@ -20,7 +20,7 @@ from flows.study_cli import app as study_app
 from flows.weights_cli import app as weights_app
 from kpmask import config
 from kpmask.errors import ConfigError
-from kpmask.metric_names import METRICS
+from kpmask.metric_names import SPELLED
 
 app = typer.Typer(
     cls=console.GuardedGroup,
@@ -337,6 +337,12 @@ def animate(
     console.show(jobs.as_result(manifest), as_json=as_json, lines=lines)
 
 
+MetricNames = Annotated[
+    str | None,
+    typer.Option(help=f"Comma-separated, of {SPELLED}."),
+]
+
+
 @app.command()
 def evaluate(
     out: Out,
@@ -348,10 +354,7 @@ def evaluate(
         str | None, typer.Option(help="A folder of videos, with --reference.")
     ] = None,
     reference: Annotated[str | None, typer.Option(help="The videos that they should be.")] = None,
-    metrics: Annotated[
-        str | None,
-        typer.Option(help=f"Comma-separated, of {', '.join(METRICS)}."),
-    ] = None,
+    metrics: MetricNames = None,
     setting: Annotated[
         str | None,
         typer.Option(
@@ -405,7 +408,7 @@ def evaluate(
             "generated": generated,
             "reference": reference,
             "out": out,
-            "metrics": None if metrics is None else metrics.split(","),
+            "metrics": _listed(metrics),
             "setting": _given(kind=setting, motion=motion, pairs=pairs, num_pairs=num_pairs),
             "device": device,
             "cluster": _workers(workers),
@@ -437,6 +440,7 @@ def compare(
         float | None, typer.Option(help="The same in minutes of training, measured at the start.")
     ] = None,
     seeds: Annotated[str | None, typer.Option(help="Comma-separated; default: 0.")] = None,
+    metrics: MetricNames = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     job: JobFile = None,
     overrides: Overrides = None,
@@ -465,9 +469,10 @@ def compare(
             "steps": steps,
             "minutes": minutes,
             "seeds": None if seeds is None else _numbers(seeds, "--seeds"),
+            "metrics": _listed(metrics),
             "device": device,
         },
-        systems=listed if systems is None else [name.strip() for name in systems.split(",")],
+        systems=_listed(systems) or listed,
     )
     from flows import jobs
 
@@ -478,6 +483,10 @@ def compare(
     console.show(
         jobs.as_result(comparison), as_json=as_json, lines=jobs.comparison_lines(comparison)
     )
+
+
+def _listed(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",")]
 
 
 def _numbers(text: str, subject: str) -> list[int]:

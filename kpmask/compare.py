@@ -18,7 +18,6 @@ import numpy as np
 from kpmask.config import Phase, TrainJob
 from kpmask.errors import ConfigError
 from kpmask.records import (
-    ClipRecord,
     ComparedRow,
     ComparedScore,
     ComparedValue,
@@ -132,23 +131,6 @@ def training_seconds(metrics: Iterable[StepMetrics], batch_sizes: Mapping[str, i
 
 
 # --- pairs -----------------------------------------------------------------------------------
-
-
-def cross_pairs(
-    clips: Sequence[ClipRecord], count: int, *, seed: int = 0
-) -> list[tuple[ClipRecord, ClipRecord]]:
-    """`count` different (source, driving) pairs of different identities, or all that there are.
-
-    They follow from the clips' ids and the seed; the clips' order does not matter.
-    """
-    ordered = sorted(clips, key=lambda clip: clip.clip_id)
-    order = np.random.default_rng(seed).permutation(len(ordered) ** 2)
-    pairs: list[tuple[ClipRecord, ClipRecord]] = []
-    for number in order.tolist():
-        source, driving = (ordered[place] for place in divmod(number, len(ordered)))
-        if source.identity != driving.identity and len(pairs) < count:
-            pairs.append((source, driving))
-    return pairs
 
 
 # --- table -----------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ without what was missed; see `kpmask.metrics.keypoints` and `.identity`.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from typing import Final, Literal, get_args
 
@@ -63,6 +64,19 @@ METRICS: Final = (
 _ESTIMATORS: Final[tuple[str, ...]] = (*get_args(PointsName), *get_args(EmbeddingName))
 
 
+def _spelled() -> str:
+    plain = ", ".join((*PICTURE_METRICS, *PERCEPTUAL_METRICS, *SET_METRICS))
+    kinds = (
+        ((*get_args(PointsKind), *get_args(MotionKind)), get_args(PointsName)),
+        (get_args(IdentityKind), get_args(EmbeddingName)),
+    )
+    parts = [f"KIND of {', '.join(kind)} by ESTIMATOR of {', '.join(by)}" for kind, by in kinds]
+    return f"{plain}; or KIND_ESTIMATOR, akd_facemesh say: {'; '.join(parts)}"
+
+
+SPELLED: Final = _spelled()  # all of them, in words that a terminal has room for
+
+
 def known_metric(name: str) -> str:
     """The name itself.
 
@@ -70,7 +84,9 @@ def known_metric(name: str) -> str:
         ValueError: there is no such metric; it says which there are.
     """
     if name not in METRICS:
-        raise ValueError(f"no metric {name!r}; there are: {', '.join(METRICS)}")
+        close = difflib.get_close_matches(name, METRICS)
+        meant = f"{' or '.join(close)}, perhaps? " if close else ""
+        raise ValueError(f"no metric {name!r}. {meant}There are {SPELLED}")
     return name
 
 

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kpmask.compare import CROSS_METRICS, comparison_rows, cross_pairs, training_seconds
+from kpmask.compare import CROSS_METRICS, comparison_rows, training_seconds
 from kpmask.compare_pictures import StripRow, moving_strip, still_strip
 from kpmask.config import CompareJob
 from kpmask.data.shards import Shard, ShardWriter
@@ -45,6 +45,7 @@ from kpmask.records import (
 )
 from kpmask.report import Curve, Strip, comparison_curves_svg, comparison_page
 from kpmask.report.comparison import ablation_label
+from kpmask.score_settings import spread_pairs
 from tasks import train_folder
 from tasks.compare_plan import (
     COMPARE,
@@ -159,7 +160,7 @@ def _scoring(opened: Opened) -> Scoring:
     return Scoring(
         dataset=opened.data.dataset,
         clips=clips,
-        pairs=cross_pairs(clips, job.cross_pairs),
+        pairs=spread_pairs(clips, job.cross_pairs),
         metrics=job.metrics,
         cross_frames=job.cross_frames,
         device=device_of(job),

@@ -25,6 +25,7 @@ from kpmask.metrics import build_metrics
 from kpmask.models import build_system
 from kpmask.perceptual import load_perceptual
 from kpmask.records import ClipRecord, MetricInfo, Progress, StepMetrics, digest
+from kpmask.score_settings import spread_pairs
 from kpmask.train import Worker
 from tasks import train_folder
 from tasks.dataset import open_dataset
@@ -156,7 +157,11 @@ def open_comparison(job: CompareJob) -> Opened:
     scored_by = {
         "settings": digest(document["shared"]),
         "metrics": [dataclasses.asdict(metric) for metric in metrics],
-        **job.model_dump(mode="json", include={"cross_pairs", "cross_frames"}),
+        "cross_frames": job.cross_frames,
+        "pairs": [
+            [clip.clip_id for clip in pair]
+            for pair in spread_pairs(scored_clips(job, data), job.cross_pairs)
+        ],
     }
     return Opened(
         job=job,

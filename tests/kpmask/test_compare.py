@@ -12,7 +12,6 @@ import pytest
 
 from kpmask.compare import (
     comparison_rows,
-    cross_pairs,
     planned_lengths,
     split_steps,
     steps_within,
@@ -230,17 +229,6 @@ def test_holdout_leaves_a_test_split_alone() -> None:
 def test_holdout_leaves_somebody_on_either_side(fraction: float, count: int) -> None:
     held = with_holdout([clip(name, name) for name in "abc"], fraction)
     assert [c.partition for c in held].count("test") == count
-
-
-def test_cross_pairs_are_of_two_identities() -> None:
-    clips = [clip(f"{i}-{j}", f"person {i}") for i in range(4) for j in range(2)]
-    pairs = cross_pairs(clips, 10)
-    assert len(pairs) == len({(a.clip_id, b.clip_id) for a, b in pairs}) == 10
-    assert all(a.identity != b.identity for a, b in pairs)
-    assert cross_pairs(clips[::-1], 10) == pairs
-    assert cross_pairs(clips, 10, seed=1) != pairs
-    assert len(cross_pairs(clips, 1000)) == 8 * 8 - 4 * 4
-    assert cross_pairs(clips[:2], 5) == []
 
 
 # --- margins ---------------------------------------------------------------------------------
