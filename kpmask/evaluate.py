@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, get_args
@@ -237,7 +238,9 @@ class _VideoScorer:
         self._counts_first = protocol.first_frame == "in"
         self._source_CHW = source_CHW
         self._before = _Before(max((metric.frames_before for metric in metrics), default=0))
-        self._values: dict[tuple[str, Method], list[NDArray[np.float64]]] = {}
+        # One buffer each that grows: small arrays that stay, between large ones that come and go,
+        # would keep the heap in pieces, and a long video would take gigabytes.
+        self._values: dict[tuple[str, Method], array[float]] = {}
         self._sets = _SetFeatures(set_metrics, counts_first=self._counts_first)
 
     def add(self, shown: Mapping[Method, Tensor], reference_TCHW: Tensor) -> None:
@@ -255,13 +258,14 @@ class _VideoScorer:
         for metric, method in itertools.product(self._metrics, chunk):
             frames, true_TCHW, num_before = windows[metric.frames_before]
             values_T = metric.per_frame(frames[method], true_TCHW, source_CHW)[num_before:]
-            self._values.setdefault((metric.name, method), []).append(values_T)
+            kept = self._values.setdefault((metric.name, method), array("d"))
+            kept.frombytes(np.asarray(values_T, np.float64).tobytes())
         self._sets.add(chunk, reference_TCHW)
         self._before.follow(chunk, reference_TCHW)
 
     def curves(self) -> dict[tuple[str, Method], NDArray[np.float64]]:
         """The value of every frame (T), NaN for those that could not be scored."""
-        return {key: np.concatenate(values) for key, values in self._values.items()}
+        return {key: np.array(values) for key, values in self._values.items()}
 
     def means(self) -> dict[tuple[str, Method], tuple[float, int]]:
         """The mean over the frames that count, and how many; only where there are any."""
@@ -338,7 +342,8 @@ class _SetFeatures:
             frozen = WindowFeatures(metric)
             frozen.add(source_CHW.expand(metric.frames_per_window, *source_CHW.shape))
             count = len(tables[metric.name, "true"])
-            tables[metric.name, "copy"] = frozen.table().repeat(count, 0)
+            row_1D = frozen.table()
+            tables[metric.name, "copy"] = np.broadcast_to(row_1D, (count, row_1D.shape[1]))
         return tables
 
 
@@ -358,7 +363,8 @@ class WindowFeatures:
     def __init__(self, metric: SetMetric) -> None:
         self._metric = metric
         self._left_TCHW: Tensor | None = None
-        self._found: list[NDArray[np.float64]] = []
+        self._found: array[float] = array("d")  # one buffer, see `_VideoScorer`
+        self._num_windows = 0
 
     @torch.inference_mode()
     def add(self, chunk_TCHW: Tensor) -> None:
@@ -371,12 +377,15 @@ class WindowFeatures:
         if count:
             whole_TCHW = left_TCHW[: count * length]
             windows_NTCHW = whole_TCHW.reshape(count, length, *whole_TCHW.shape[1:])
-            self._found.append(self._metric.features(windows_NTCHW))
+            found_ND = np.asarray(self._metric.features(windows_NTCHW), np.float64)
+            self._found.frombytes(found_ND.tobytes())
+            self._num_windows += count
         self._left_TCHW = left_TCHW[count * length :].clone()
 
     def table(self) -> NDArray[np.float64]:
         """The features so far (N, D); (0, 0) where no window was filled."""
-        return np.concatenate(self._found) if self._found else np.empty((0, 0))
+        table_ND = np.array(self._found)
+        return table_ND.reshape(self._num_windows, -1) if self._num_windows else np.empty((0, 0))
 
 
 # --- tables ----------------------------------------------------------------------------------

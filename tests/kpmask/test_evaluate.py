@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,7 @@ from kpmask.metrics import build_metrics
 from kpmask.metrics.pixel import L1
 from kpmask.records import ClipScores, VideoScore
 from kpmask.statistics import mean_interval
+from tests.support.long_video import growth_bytes
 
 
 @dataclass(frozen=True)
@@ -259,6 +261,12 @@ def test_features_are_of_every_method_and_of_the_truth() -> None:
 
 
 # --- curves, and sources that are given ------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_long_video_takes_no_more_memory_than_a_short_one() -> None:
+    # Two chunks of frames take 2 MiB; kept in pieces, the heap grew by some 100 kB a frame.
+    assert growth_bytes(4000) < 64 * 2**20
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
