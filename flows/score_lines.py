@@ -23,7 +23,7 @@ def score_lines(scores: ScoreTable) -> list[str]:
     where it is the best of those that compare.
     """
     from kpmask.report.evaluation import method_rows
-    from kpmask.report.metric_labels import COUNTED
+    from kpmask.report.metric_labels import counted
 
     by_method = method_rows(scores)
     methods = dict.fromkeys([s.method for s in scores.summaries] + [s.method for s in scores.sets])
@@ -39,7 +39,8 @@ def score_lines(scores: ScoreTable) -> list[str]:
     lines += [*_protocol_lines(scores), *_estimator_lines(scores)]
     if SETTINGS[scores.setting]:
         lines.append(SETTINGS[scores.setting].format(motion=scores.motion))
-    lines.append(f"{scores.num_videos} {COUNTED[scores.setting]}; {scores.num_failures} failures")
+    things = counted(scores.setting, scores.num_videos)
+    lines.append(f"{scores.num_videos} {things}; {scores.num_failures} failures")
     if scores.perceptual:
         lines.append(f"trained against: {scores.perceptual}")
     lines.append(f"page: {scores.uri}/index.html")

@@ -32,11 +32,11 @@ from kpmask.records import (
 from kpmask.report.gallery import GalleryMedia
 from kpmask.report.metric_labels import (
     AVERAGES,
-    COUNTED,
     FOUND,
     GROUPS,
     METHODS,
     QUANTISED,
+    counted,
     metric_label,
 )
 from kpmask.report.page import Tile, failure_tile, failure_values, figure, num, render
@@ -219,11 +219,12 @@ def evaluation_page(
         lead=_lead(table),
         table=table,
         tiles=[
-            Tile(num(table.num_videos), COUNTED[table.setting]),
+            Tile(num(table.num_videos), counted(table.setting, table.num_videos)),
             *_tiles(columns),
             failure_tile(table.num_failures),
         ],
         metrics=columns,
+        counted=lambda count: counted(table.setting, count),
         average=AVERAGES[table.average],
         groups=_groups(columns, method_rows(table)),
         published=[_published(found, table, columns) for found in PUBLISHED],
@@ -253,10 +254,15 @@ def _tiles(columns: Sequence[MetricColumn]) -> list[Tile]:
     return [Tile(figure(c.value or 0.0), _with_unit(c)) for c in (first or valued)[:MAX_TILES]]
 
 
-_REFERENCES: Final = (
-    "The row of copies repeats the source, and that of the codec has the true frames after the "
-    "encoder that results are stored with: between them stands what a number is worth."
-)
+def _references(table: ScoreTable) -> str:
+    """What the rows are that nobody drew."""
+    methods = {s.method for s in table.summaries} | {s.method for s in table.sets}
+    if "codec" not in methods:
+        return "The row of copies repeats the source: who is no better has learnt nothing."
+    return (
+        "The row of copies repeats the source, and that of the codec has the true frames after the "
+        "encoder that results are stored with: between them stands what a number is worth."
+    )
 
 
 def _lead(table: ScoreTable) -> str:
@@ -264,7 +270,7 @@ def _lead(table: ScoreTable) -> str:
     if not table.dataset_id:
         return (
             "Videos that were made before, each compared frame by frame with the true one of the "
-            f"same name, whose first frame counts as the source. {_REFERENCES}"
+            f"same name, whose first frame counts as the source. {_references(table)}"
         )
     if table.setting == "cross":
         motion = "in its poses" if table.motion == "absolute" else "by its motion from frame 0 on"
@@ -278,11 +284,11 @@ def _lead(table: ScoreTable) -> str:
     if table.setting == "few_shot":
         return (
             "Few shots, of which none is used: a person's held-out frames are drawn from one "
-            f"other frame of the same person, without fine-tuning (#FT = 0). {_REFERENCES}"
+            f"other frame of the same person, without fine-tuning (#FT = 0). {_references(table)}"
         )
     return (
         "The papers' reconstruction protocol: the first frame of a test video is animated by the "
-        f"video itself, and each result frame is compared with the true one. {_REFERENCES}"
+        f"video itself, and each result frame is compared with the true one. {_references(table)}"
     )
 
 

@@ -25,10 +25,10 @@ QUANTISED: Final[Mapping[Quantise, str]] = {
     "truncate": "drawn frames cut off to 8 bits",
     "round": "drawn frames rounded to 8 bits",
 }
-COUNTED: Final[Mapping[Setting, str]] = {
-    "reconstruction": "videos",
-    "cross": "pairs",
-    "few_shot": "people",
+_COUNTED: Final[Mapping[Setting, tuple[str, str]]] = {
+    "reconstruction": ("video", "videos"),
+    "cross": ("pair", "pairs"),
+    "few_shot": ("person", "people"),
 }
 AVERAGES: Final[Mapping[Average, str]] = {
     "videos": "mean of the videos' means",
@@ -195,6 +195,12 @@ GROUPS: Final[Mapping[str, str]] = {
     **{name: estimator.title for name, estimator in _ESTIMATORS.items()},
     SETS: "Whole sets of videos",
 }
+
+
+def counted(setting: Setting, count: int) -> str:
+    """What so many of the things are called that an evaluation has one score each of."""
+    one, several = _COUNTED[setting]
+    return one if count == 1 else several
 
 
 def metric_label(name: str) -> MetricLabel:
