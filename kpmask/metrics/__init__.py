@@ -128,14 +128,14 @@ def build_metrics(names: Sequence[str]) -> list[Metric]:
     from kpmask.metrics.keypoints import keypoint_metric
     from kpmask.metrics.lpips import Lpips
     from kpmask.metrics.motion import motion_metric
-    from kpmask.metrics.pixel import L1, MovingL1, Psnr
+    from kpmask.metrics.pixel import L1, L1WithFirst, MovingL1, Psnr
     from kpmask.metrics.ssim import Ssim
     from kpmask.metrics.temporal import Flicker, TemporalError
     from kpmask.metrics.warping import WarpingError
 
     makers: dict[str, Callable[[], Metric]] = {
         "l1": L1,
-        "l1_with_first": partial(L1, counts_first=True),
+        "l1_with_first": L1WithFirst,
         "l1_moving": MovingL1,
         "psnr": Psnr,
         "ssim": Ssim,

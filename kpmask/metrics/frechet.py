@@ -26,6 +26,7 @@ from torch import Tensor
 
 from kpmask.estimators import EmbeddingEstimator, embedding_estimator
 from kpmask.estimators.frames import embeddings_of
+from kpmask.metrics.base import EstimatorMetric
 
 Features = NDArray[np.float64]  # ND
 Moments = tuple[NDArray[np.float64], NDArray[np.float64]]  # mean (D) and covariance (DD)
@@ -104,7 +105,7 @@ class FrechetMetric:
 
 
 @dataclass(frozen=True)
-class FrechetSFace(FrechetMetric):
+class FrechetSFace(EstimatorMetric, FrechetMetric):
     """The Fréchet distance of the faces in two sets, as SFace tells them apart."""
 
     estimator: EmbeddingEstimator
@@ -118,18 +119,6 @@ class FrechetSFace(FrechetMetric):
             CheckpointError: they are other weights.
         """
         return cls(embedding_estimator("sface"))
-
-    @property
-    def version(self) -> str:
-        return f"1+{self.estimator.version}"
-
-    @property
-    def weights_sha256(self) -> str:
-        return self.estimator.weights_sha256
-
-    @property
-    def licence(self) -> str:
-        return self.estimator.licence
 
     def features(self, frames_NTCHW: Tensor) -> Features:
         vectors_ND = embeddings_of(self.estimator, frames_NTCHW[:, 0])

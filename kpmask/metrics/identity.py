@@ -39,6 +39,7 @@ from torch import Tensor
 from kpmask.estimators import EmbeddingEstimator, embedding_estimator
 from kpmask.estimators.frames import embeddings_of
 from kpmask.metric_names import EmbeddingName, IdentityKind
+from kpmask.metrics.base import EstimatorMetric
 
 Vectors = NDArray[np.float64]  # TD, of length 1; NaN where nothing was found
 PerFrame = NDArray[np.float64]  # T
@@ -94,7 +95,7 @@ _FORMULAS: Final[dict[IdentityKind, Callable[[Vectors, Vectors], PerFrame]]] = {
 
 
 @dataclass(frozen=True)
-class IdentityMetric:
+class IdentityMetric(EstimatorMetric):
     """One of the formulas above, of the vectors that an estimator has.
 
     Attributes:
@@ -110,18 +111,6 @@ class IdentityMetric:
     @property
     def name(self) -> str:
         return f"{self.kind}_{self.estimator.name}" + ("_found" if self.only_found else "")
-
-    @property
-    def version(self) -> str:
-        return f"1+{self.estimator.version}"
-
-    @property
-    def weights_sha256(self) -> str:
-        return self.estimator.weights_sha256
-
-    @property
-    def licence(self) -> str:
-        return self.estimator.licence
 
     @property
     def higher_is_better(self) -> bool:

@@ -37,6 +37,7 @@ from torch import Tensor
 from kpmask.estimators import PointEstimator, point_estimator
 from kpmask.estimators.frames import keypoints_of
 from kpmask.metric_names import PointsKind, PointsName
+from kpmask.metrics.base import EstimatorMetric
 
 Points = NDArray[np.float64]  # TK2, x and y in px; NaN where not found
 PerFrame = NDArray[np.float64]  # T
@@ -133,7 +134,7 @@ _DISTANCES: Final = {"akd": akd, "akd_euclidean": akd_euclidean, "jitter": jitte
 
 
 @dataclass(frozen=True)
-class KeypointMetric:
+class KeypointMetric(EstimatorMetric):
     """One of the formulas above, of the points that an estimator finds.
 
     Attributes:
@@ -148,18 +149,6 @@ class KeypointMetric:
     @property
     def name(self) -> str:
         return f"{self.kind}_{self.estimator.name}" + ("_found" if self.only_found else "")
-
-    @property
-    def version(self) -> str:
-        return f"1+{self.estimator.version}"
-
-    @property
-    def weights_sha256(self) -> str:
-        return self.estimator.weights_sha256
-
-    @property
-    def licence(self) -> str:
-        return self.estimator.licence
 
     @property
     def higher_is_better(self) -> bool:

@@ -33,6 +33,7 @@ from kpmask.estimators import PointEstimator, point_estimator
 from kpmask.estimators.frames import keypoints_of
 from kpmask.metric_names import PointsName
 from kpmask.metrics import FRAME_0
+from kpmask.metrics.base import EstimatorMetric
 from kpmask.metrics.keypoints import PerFrame, Points, akd, found
 
 
@@ -69,7 +70,7 @@ def _size(points_K2: NDArray[np.float64]) -> float:
 
 
 @dataclass(frozen=True)
-class MotionMetric:
+class MotionMetric(EstimatorMetric):
     """The formula above, of the points that an estimator finds.
 
     Attributes:
@@ -85,18 +86,6 @@ class MotionMetric:
     @property
     def name(self) -> str:
         return f"akd_motion_{self.estimator.name}" + ("_found" if self.only_found else "")
-
-    @property
-    def version(self) -> str:
-        return f"1+{self.estimator.version}"
-
-    @property
-    def weights_sha256(self) -> str:
-        return self.estimator.weights_sha256
-
-    @property
-    def licence(self) -> str:
-        return self.estimator.licence
 
     def per_frame(
         self, generated_TCHW: Tensor, reference_TCHW: Tensor, source_CHW: Tensor

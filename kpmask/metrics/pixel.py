@@ -10,28 +10,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kpmask.metrics.base import PixelMetric
+
 MAX_DB: Final = 100.0
 
 
 @dataclass(frozen=True)
-class L1:
+class L1(PixelMetric):
     """Mean absolute difference over pixels and channels, in [0, 1]; lower is better.
 
     mean |G - R|, of generated frame G and true frame R. The papers' reconstruction score (Siarohin
-    et al. 2019, First Order Motion Model). `l1` leaves frame 0 out, as the papers' text has it;
-    `l1_with_first` counts it, as their published code does.
+    et al. 2019, First Order Motion Model), without frame 0, as the papers' text has it.
     """
 
-    counts_first: bool = False
-    frames_before: ClassVar[int] = 0
-    version: ClassVar[str] = "1"
-    weights_sha256: ClassVar[str | None] = None
-    licence: ClassVar[str] = "Apache-2.0"
-    higher_is_better: ClassVar[bool] = False
-
-    @property
-    def name(self) -> str:
-        return "l1_with_first" if self.counts_first else "l1"
+    name: ClassVar[str] = "l1"
 
     def per_frame(
         self, generated_TCHW: Tensor, reference_TCHW: Tensor, source_CHW: Tensor
@@ -40,8 +32,15 @@ class L1:
         return _as_float64(error_TCHW.flatten(1).double().mean(1))
 
 
+class L1WithFirst(L1):
+    """`L1` that counts frame 0, which is the source itself, as the papers' published code does."""
+
+    name: ClassVar[str] = "l1_with_first"
+    counts_first: ClassVar[bool] = True
+
+
 @dataclass(frozen=True)
-class MovingL1:
+class MovingL1(PixelMetric):
     """Mean absolute difference over the pixels that moved, in [0, 1]; lower is better.
 
     mean |G - R| over pixels with max over channels |R - S| > `threshold`, S being the source. Ours:
@@ -51,12 +50,6 @@ class MovingL1:
 
     threshold: float = 0.08
     name: ClassVar[str] = "l1_moving"
-    counts_first: ClassVar[bool] = False
-    frames_before: ClassVar[int] = 0
-    version: ClassVar[str] = "1"
-    weights_sha256: ClassVar[str | None] = None
-    licence: ClassVar[str] = "Apache-2.0"
-    higher_is_better: ClassVar[bool] = False
 
     def per_frame(
         self, generated_TCHW: Tensor, reference_TCHW: Tensor, source_CHW: Tensor
@@ -68,7 +61,7 @@ class MovingL1:
 
 
 @dataclass(frozen=True)
-class Psnr:
+class Psnr(PixelMetric):
     """Peak signal-to-noise ratio in dB, in [0, 100]; higher is better.
 
     -10 log10(mean (G - R)^2) of each frame, over pixels and all three channels together, for a
@@ -78,11 +71,6 @@ class Psnr:
     """
 
     name: ClassVar[str] = "psnr"
-    counts_first: ClassVar[bool] = False
-    frames_before: ClassVar[int] = 0
-    version: ClassVar[str] = "1"
-    weights_sha256: ClassVar[str | None] = None
-    licence: ClassVar[str] = "Apache-2.0"
     higher_is_better: ClassVar[bool] = True
 
     def per_frame(

@@ -19,21 +19,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kpmask.metrics.base import PixelMetric
+
 RADIUS_PX = 5
 SIGMA_PX = 1.5
 C1, C2 = 0.01**2, 0.03**2
 
 
 @dataclass(frozen=True)
-class Ssim:
+class Ssim(PixelMetric):
     """Mean SSIM of a frame, in [-1, 1]; higher is better, 1 is equal."""
 
     name: ClassVar[str] = "ssim"
-    counts_first: ClassVar[bool] = False
-    frames_before: ClassVar[int] = 0
-    version: ClassVar[str] = "1"
-    weights_sha256: ClassVar[str | None] = None
-    licence: ClassVar[str] = "Apache-2.0"
     higher_is_better: ClassVar[bool] = True
 
     def per_frame(

@@ -10,9 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kpmask.metrics.base import PixelMetric
+
 
 @dataclass(frozen=True)
-class TemporalError:
+class TemporalError(PixelMetric):
     """Mean absolute difference of the changes from frame to frame, in [0, 2]; lower is better.
 
     mean |(G_t - G_t-1) - (R_t - R_t-1)| over pixels and channels: the L1 form of dtSSD (Erofeev et
@@ -21,12 +23,7 @@ class TemporalError:
     """
 
     name: ClassVar[str] = "temporal_error"
-    counts_first: ClassVar[bool] = False
     frames_before: ClassVar[int] = 1
-    version: ClassVar[str] = "1"
-    weights_sha256: ClassVar[str | None] = None
-    licence: ClassVar[str] = "Apache-2.0"
-    higher_is_better: ClassVar[bool] = False
 
     def per_frame(
         self, generated_TCHW: Tensor, reference_TCHW: Tensor, source_CHW: Tensor
@@ -36,7 +33,7 @@ class TemporalError:
 
 
 @dataclass(frozen=True)
-class Flicker:
+class Flicker(PixelMetric):
     """Mean absolute change from frame to frame where the true video stands still, in [0, 1].
 
     mean |G_t - G_t-1| over the pixels with max over channels |R_t - R_t-1| <= `threshold`; lower is
@@ -47,12 +44,7 @@ class Flicker:
 
     threshold: float = 0.02
     name: ClassVar[str] = "flicker"
-    counts_first: ClassVar[bool] = False
     frames_before: ClassVar[int] = 1
-    version: ClassVar[str] = "1"
-    weights_sha256: ClassVar[str | None] = None
-    licence: ClassVar[str] = "Apache-2.0"
-    higher_is_better: ClassVar[bool] = False
 
     def per_frame(
         self, generated_TCHW: Tensor, reference_TCHW: Tensor, source_CHW: Tensor

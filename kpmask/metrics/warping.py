@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kpmask.metrics.base import PixelMetric
 from kpmask.metrics.temporal import after_first
 
 Gray = NDArray[np.uint8]  # HW
@@ -20,7 +21,7 @@ MIN_SIDE_PX: Final = 32  # OpenCV refuses images of a few pixels, and crashes on
 
 
 @dataclass(frozen=True)
-class WarpingError:
+class WarpingError(PixelMetric):
     """Mean squared change of colour along the true video's motion, in [0, 1]; lower is better.
 
     mean (G_t(x) - G_t-1(x + f(x)))^2 over channels and visible pixels x, where f leads from true
@@ -33,12 +34,7 @@ class WarpingError:
     """
 
     name: ClassVar[str] = "warping_error"
-    counts_first: ClassVar[bool] = False
     frames_before: ClassVar[int] = 1
-    version: ClassVar[str] = "1"
-    weights_sha256: ClassVar[str | None] = None
-    licence: ClassVar[str] = "Apache-2.0"
-    higher_is_better: ClassVar[bool] = False
 
     _motion: _LastMotion = field(default_factory=lambda: _LastMotion(), repr=False, compare=False)
 

@@ -25,7 +25,7 @@ from kpmask.evaluate import (
     video_scores,
 )
 from kpmask.metrics import build_metrics
-from kpmask.metrics.pixel import L1
+from kpmask.metrics.pixel import L1, L1WithFirst
 from kpmask.records import ClipScores, VideoScore
 from kpmask.statistics import mean_interval
 from tests.support.long_video import growth_bytes
@@ -187,7 +187,7 @@ def test_the_protocol_is_in_the_scores() -> None:
     assert of_model(scores) == (pytest.approx((cut - true).abs().mean().item(), abs=1e-6), 5)
     info = metric_info(L1(), protocol)
     assert (info.counts_first, info.quantise) == (True, "truncate")
-    assert metric_info(L1(counts_first=True)).counts_first
+    assert metric_info(L1WithFirst()).counts_first
     assert not metric_info(L1()).counts_first
 
 
