@@ -48,21 +48,25 @@ def write_table(
     record_type: type[R],
     *,
     metadata: Mapping[str, str] | None = None,
+    rows_at_once: int = ROWS_PER_GROUP,
 ) -> None:
     """Publish records as a Parquet table; `metadata` (a settings digest, say) goes into it.
 
     Records are taken as they come, and memory is flat.
+
+    Args:
+        rows_at_once: records in memory, and in one group of the table: fewer of long ones.
     """
     settings = dict(sorted((metadata or {}).items()))
     stream = iter(records)
-    table = to_table(itertools.islice(stream, ROWS_PER_GROUP), record_type, settings)
+    table = to_table(itertools.islice(stream, rows_at_once), record_type, settings)
     with tempfile.TemporaryDirectory(prefix="kpmask-") as folder, os_errors(key):
         path = Path(folder) / "table.parquet"
         options: dict[str, Any] = {"compression": "zstd", "version": "2.6"}
         with pq.ParquetWriter(path, table.schema, **options) as writer:
             writer.write_table(table)
             while (
-                table := to_table(itertools.islice(stream, ROWS_PER_GROUP), record_type, settings)
+                table := to_table(itertools.islice(stream, rows_at_once), record_type, settings)
             ).num_rows:
                 writer.write_table(table)
         store.put_file(key, path)
@@ -78,7 +82,9 @@ def read_table(store: ObjectStore, key: str, record_type: type[R]) -> list[R]:
     return list(iter_table(store, key, record_type))
 
 
-def iter_table(store: ObjectStore, key: str, record_type: type[R]) -> Iterator[R]:
+def iter_table(
+    store: ObjectStore, key: str, record_type: type[R], *, rows_at_once: int = BATCH_ROWS
+) -> Iterator[R]:
     """The records of a table, with flat memory; raises as `read_table`."""
     path = store.local(key)
     try:
@@ -86,7 +92,7 @@ def iter_table(store: ObjectStore, key: str, record_type: type[R]) -> Iterator[R
             schema = file.schema_arrow
             if file.metadata.num_rows == 0:
                 from_table(schema.empty_table(), record_type)  # is it of this type?
-            for batch in file.iter_batches(batch_size=BATCH_ROWS):
+            for batch in file.iter_batches(batch_size=rows_at_once):
                 yield from from_table(pa.Table.from_batches([batch], schema), record_type)
     except (pa.ArrowInvalid, ValueError, OSError) as error:
         raise DatasetError(f"not a table: {error}", subject=f"{store.uri}/{key}") from error
@@ -102,10 +108,12 @@ def read_table_if_any(store: ObjectStore, key: str, record_type: type[R]) -> lis
         raise
 
 
-def iter_table_if_any(store: ObjectStore, key: str, record_type: type[R]) -> Iterator[R]:
+def iter_table_if_any(
+    store: ObjectStore, key: str, record_type: type[R], *, rows_at_once: int = BATCH_ROWS
+) -> Iterator[R]:
     """`iter_table`, or nothing where there is no such object."""
     try:
-        yield from iter_table(store, key, record_type)
+        yield from iter_table(store, key, record_type, rows_at_once=rows_at_once)
     except StorageError as error:
         if error.code != "not_found":
             raise

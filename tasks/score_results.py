@@ -54,6 +54,7 @@ PAGE: Final = "index.html"
 JOURNAL: Final = "journal"
 METHODS: Final[tuple[Method, ...]] = ("model", "copy", "codec")  # that sets are measured of
 REMOVERS: Final = 16
+CURVES_AT_ONCE: Final = 256  # in memory: one may be of a million frames
 _PREVIEW: Final = re.compile(rf"{MEDIA}/[0-9a-f]{{{ID_LENGTH}}}-")
 
 
@@ -222,7 +223,7 @@ def publish(
     unscored = json.dumps([clip.clip_id for clip in clips if not clip.metrics])
     write_table(store, FAILURES, failures, Failure, metadata=metadata)
     write_json(store, SUMMARY, table)
-    write_table(store, FRAMES, curves, FrameScores, metadata=metadata)
+    write_table(store, FRAMES, curves, FrameScores, metadata=metadata, rows_at_once=CURVES_AT_ONCE)
     store.put(PAGE, scores_page(store, table, scores, failures).encode())
     known = {**metadata, "sets": of_sets, "unscored": unscored}
     write_table(store, SCORES, scores, VideoScore, metadata=known)
@@ -239,7 +240,7 @@ def all_curves(
     """
     names = {clip.clip_id: clip.name for clip in clips}
     if names.keys() - entries.keys():
-        for row in iter_table(store, FRAMES, FrameScores):
+        for row in iter_table(store, FRAMES, FrameScores, rows_at_once=CURVES_AT_ONCE):
             if row.clip_id in names and row.clip_id not in entries:
                 yield dataclasses.replace(row, name=names[row.clip_id])
     for clip_id in names:
@@ -282,14 +283,14 @@ def scores_page(
         for clip_id in {score.clip_id for score in scores}
     }
     media = {clip_id: files for clip_id, files in shown.items() if files.result in keys}
-    curves = iter_table_if_any(store, FRAMES, FrameScores)
+    curves = iter_table_if_any(store, FRAMES, FrameScores, rows_at_once=CURVES_AT_ONCE)
     return evaluation_page(
         title="Evaluation",
         table=table,
         scores=scores,
         failures=failures,
         media=media,
-        frames=[row for row in curves if row.clip_id in media],
+        frames=(row for row in curves if row.clip_id in media),
         preview_frames=PREVIEW_FRAMES,
         home=home,
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -187,7 +187,7 @@ def evaluation_page(
     scores: Sequence[VideoScore],
     failures: Sequence[Failure],
     media: Mapping[str, GalleryMedia] | None = None,
-    frames: Sequence[FrameScores] = (),
+    frames: Iterable[FrameScores] = (),
     preview_frames: int = PREVIEW_FRAMES,
     note: str = "",
     limit: int = 2000,
@@ -199,7 +199,7 @@ def evaluation_page(
         scores: one for each video, metric and method.
         media: by clip id, to show the worst and the best videos by any metric; `driving` is the
             true video.
-        frames: scores of these clips frame by frame, to be drawn beside them.
+        frames: scores of these clips frame by frame, to be drawn beside them; gone through once.
         preview_frames: as many first frames have the media's videos, or all where they are fewer.
         note: what else a reader should know.
         limit: of rows in the table of videos, or fewer where there are many metrics.
@@ -552,7 +552,7 @@ def _clip_values(
     columns: Sequence[MetricColumn],
     rows: Sequence[_VideoRow],
     media: Mapping[str, GalleryMedia],
-    frames: Sequence[FrameScores],
+    frames: Iterable[FrameScores],
     preview_frames: int,
 ) -> dict[str, Any]:
     """What the section of clips needs."""

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -99,7 +99,7 @@ def clip_data(
     metrics: Sequence[tuple[MetricInfo, str, str]],
     videos: Sequence[ScoredVideo],
     clip_ids: Mapping[str, int],
-    frames: Sequence[FrameScores],
+    frames: Iterable[FrameScores],
     *,
     preview_frames: int,
 ) -> dict[str, Any]:

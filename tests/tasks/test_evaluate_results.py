@@ -161,7 +161,12 @@ def test_the_page_has_the_curves_of_what_it_shows(
 ) -> None:
     given: dict[str, Any] = {}
     page = "tasks.score_results.evaluation_page"
-    monkeypatch.setattr(page, lambda **values: given.update(values) or "page")
+
+    def noted(*, frames: Any, **values: Any) -> str:
+        given.update(values, frames=list(frames))  # they come one by one
+        return "page"
+
+    monkeypatch.setattr(page, noted)
     monkeypatch.setattr("tasks.score_plan.NUM_PREVIEWS", 2)
     evaluate(model_job(inputs, tmp_path, metrics=METRICS))
     assert set(given["media"]) == {"test0", "test2"}

@@ -16,6 +16,7 @@ from kpmask.records import CheckpointRef, ClipRecord, Failure, RunManifest, Sour
 from tasks.manifest import (
     Journal,
     check_failures,
+    iter_table,
     read_json,
     read_table,
     read_table_if_any,
@@ -64,6 +65,16 @@ def test_records_come_back(store):
     assert metadata["kpmask_record"] == "SourceRow"
     write_table(store, "empty.parquet", [], ClipRecord)
     assert read_table(store, "empty.parquet", ClipRecord) == []
+
+
+def test_long_records_are_few_at_once(tmp_path):
+    store = open_store(str(tmp_path))
+    rows = [SourceRow(number, "v", "train", "a") for number in range(7)]
+    write_table(store, "m.parquet", iter(rows), SourceRow, rows_at_once=3)
+    metadata = pq.read_metadata(tmp_path / "m.parquet")
+    groups = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+    assert groups == [3, 3, 1]
+    assert list(iter_table(store, "m.parquet", SourceRow, rows_at_once=2)) == rows
 
 
 def test_another_reader_reads_them(tmp_path):
