@@ -55,6 +55,7 @@ from tasks.compare_plan import (
     device_of,
     open_comparison,
     prepare,
+    run_name,
     scored_clips,
 )
 from tasks.compare_scores import Pair, Scoring, SystemScores, picture_id, score_system
@@ -200,7 +201,7 @@ def publish(job: CompareJob) -> Comparison:
         ComparedScore,
         metadata=metadata,
     )
-    curves = comparison_curves_svg([_curve(run) for run in scored])
+    curves = comparison_curves_svg(_curves(store, comparison))
     store.put(CURVES, curves.encode())
     _put_strips(opened, [run for run in scored if run.seed == opened.job.seeds[0]])
     write_json(store, COMPARISON, comparison)
@@ -210,7 +211,6 @@ def publish(job: CompareJob) -> Comparison:
 
 def page(store: ObjectStore, comparison: Comparison, *, home: str | None = None) -> str:
     """The page of a comparison; it refers to the strips beside it."""
-    curves = store.get(CURVES).decode()
     titles = {
         **STRIPS,
         **{f"{ABLATIONS}{run.system}": f"Ablations of {run.system}" for run in comparison.runs},
@@ -221,7 +221,11 @@ def page(store: ObjectStore, comparison: Comparison, *, home: str | None = None)
         if store.exists(f"{name}.png")
     ]
     return comparison_page(
-        title="Comparison", comparison=comparison, curves_svg=curves, strips=strips, home=home
+        title="Comparison",
+        comparison=comparison,
+        curves=_curves(store, comparison),
+        strips=strips,
+        home=home,
     )
 
 
@@ -303,17 +307,22 @@ def _device_text(job: CompareJob) -> str:
 # --- pictures --------------------------------------------------------------------------------
 
 
-def _curve(run: PlannedRun) -> Curve:
+def _curves(store: ObjectStore, comparison: Comparison) -> list[Curve]:
+    """The courses of the scored runs, as far as their folders are still there."""
+    names = [run_name(run.system, run.seed) for run in comparison.runs]
+    return [_curve(store.child(f"runs/{name}"), name) for name in names]
+
+
+def _curve(run: ObjectStore, name: str) -> Curve:
     """A run's course; steps count on from phase to phase."""
-    metrics = _metrics(run)
-    store = open_store(run.job.out)
-    rows = read_table_if_any(store, train_folder.VALIDATION, ValidationScore) or []
+    metrics = read_table_if_any(run, train_folder.METRICS, StepMetrics) or []
+    rows = read_table_if_any(run, train_folder.VALIDATION, ValidationScore) or []
     lengths = {row.phase: row.step for row in metrics}
     starts = dict(zip(lengths, itertools.accumulate(lengths.values(), initial=0), strict=False))
     validation = [
         (starts[row.phase] + row.step, row.value) for row in rows if row.metric == VALIDATED
     ]
-    return Curve(label=run.name, metrics=metrics, validation=validation)
+    return Curve(label=name, metrics=metrics, validation=validation)
 
 
 def _put_strips(opened: Opened, runs: Sequence[PlannedRun]) -> None:

@@ -146,7 +146,7 @@ def open_comparison(job: CompareJob) -> Opened:
     runs = []
     for seed in job.seeds:
         for system in job.systems:
-            name = system.name if seed == 0 else f"{system.name}-seed{seed}"
+            name = run_name(system.name, seed)
             run = _train_job(job, system, seed=seed, name=name)
             steps = document["systems"][system.name]["steps"]
             pairs = _pairs_per_epoch(run, data)
@@ -180,6 +180,11 @@ def _placed(job: CompareJob) -> CompareJob:
 
 def device_of(job: CompareJob) -> str:
     return str(choose_device(job.device))
+
+
+def run_name(system: str, seed: int) -> str:
+    """What a run is called, and its folder below `runs/`."""
+    return system if seed == 0 else f"{system}-seed{seed}"
 
 
 def _train_job(job: CompareJob, system: ComparedSystem, *, seed: int, name: str) -> TrainJob:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import io
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
-from markupsafe import Markup
+import numpy as np
 
 from kpmask.measure import covered_alike
 from kpmask.records import (
@@ -21,9 +21,9 @@ from kpmask.records import (
     MetricInfo,
     StepMetrics,
 )
+from kpmask.report.curves import Chart, Line, Panel, panels_svg
 from kpmask.report.metric_labels import FOUND, metric_label
 from kpmask.report.page import Tile, duration, num, render
-from kpmask.report.run import INK
 
 REFERENCES: Final[Mapping[ComparedMethod, str]] = {
     "copy": "copy of the source",
@@ -47,17 +47,6 @@ CROSS_LABELS: Final[Mapping[str, tuple[str, str]]] = {
         "1 the driver's.",
     ),
 }
-COLOURS: Final = (
-    "#0e8f9b",
-    "#c8711c",
-    "#8a5bb5",
-    "#3f8f4f",
-    "#c04a6a",
-    "#4a74c0",
-    "#7a7f87",
-    "#9a8a1c",
-)
-MAX_POINTS: Final = 400  # of a curve
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,14 +104,14 @@ def comparison_page(
     *,
     title: str,
     comparison: Comparison,
-    curves_svg: str,
+    curves: Sequence[Curve],
     strips: Sequence[Strip],
     home: str | None = None,
 ) -> str:
     """The page of a comparison, finished or going on.
 
     Args:
-        curves_svg: what `comparison_curves_svg` gave, which goes into the page as it is.
+        curves: a run each.
         strips: picture strips. home: link of an overview page.
     """
     systems = {run.system for run in comparison.runs}
@@ -139,12 +128,13 @@ def comparison_page(
         title=title,
         kind="comparison",
         home=home,
+        own=("chart",),
         comparison=comparison,
         tiles=tiles,
         tables=comparison_tables(comparison),
         labels={info.name: _label_of(info) for info in comparison.metrics},
         duration=duration,
-        curves=Markup(curves_svg),  # noqa: S704 - made by comparison_curves_svg
+        curves=[Chart.of(panel) for panel in _panels(curves)],
         strips=strips,
     )
 
@@ -285,35 +275,7 @@ def comparison_curves_svg(curves: Sequence[Curve]) -> str:
     Losses differ in kind between systems: what can be compared is how they fall. Text takes the
     colour of whatever page the drawing is put into. Empty without curves.
     """
-    if not curves:
-        return ""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    settings: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "kpmask",
-        "text.color": INK,
-        "axes.labelcolor": INK,
-        "axes.edgecolor": "#8a8f98",
-        "xtick.color": INK,
-        "ytick.color": INK,
-        "font.size": 10,
-        "text.parse_math": False,
-    }
-    validated = any(curve.validation for curve in curves)
-    with rc_context(settings):
-        figure = Figure(figsize=(10.4 if validated else 6.4, 3.8), layout="constrained")
-        axes = figure.subplots(1, 2 if validated else 1, squeeze=False)[0]
-        _draw(axes[0], "training loss", [(c.label, loss_course(c.metrics)) for c in curves])
-        if validated:
-            held_out = [(c.label, c.validation) for c in curves]
-            _draw(axes[1], "L1 on moving pixels of held-out clips", held_out)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    svg = text.getvalue()
-    label = f'<svg role="img" aria-label="Curves of {len(curves)} runs" '
-    return svg[svg.index("<svg ") :].replace("<svg ", label, 1).replace(INK, "currentColor")
+    return panels_svg(_panels(curves), label=f"Curves of {len(curves)} runs")
 
 
 def loss_course(metrics: Sequence[StepMetrics]) -> list[tuple[int, float]]:
@@ -327,28 +289,25 @@ def loss_course(metrics: Sequence[StepMetrics]) -> list[tuple[int, float]]:
     return points
 
 
-def _draw(
-    axis: Any,  # noqa: ANN401 - matplotlib's
-    title: str,
-    lines: Sequence[tuple[str, Sequence[tuple[int, float]]]],
-) -> None:
-    from matplotlib.ticker import LogFormatter
+def _panels(curves: Sequence[Curve]) -> list[Panel]:
+    courses: dict[str, dict[str, Sequence[tuple[int, float]]]] = {
+        "Training loss": {c.label: loss_course(c.metrics) for c in curves},
+        "L1 on moving pixels of held-out clips": {c.label: c.validation for c in curves},
+    }
+    return [_panel(title, lines) for title, lines in courses.items() if any(lines.values())]
 
-    for place, (label, points) in enumerate(lines):
-        if not points:
-            continue
-        stride = max(1, len(points) // MAX_POINTS)
-        shown = [*points[:-1:stride], points[-1]]
-        at, values = zip(*shown, strict=True)
-        colour = COLOURS[place % len(COLOURS)]
-        axis.plot(at, values, linewidth=1.6, color=colour, label=f" {label}")
-    if all(value > 0 for _, points in lines for _, value in points):
-        axis.set_yscale("log")
-        # The usual labels are mathematics, which SVG text cannot show.
-        axis.yaxis.set_major_formatter(LogFormatter())
-        axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
-    axis.set_title(title)
-    axis.set_xlabel("step")
-    axis.grid(visible=True, which="major", color="#8a8f98", alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8, labelspacing=0.2)
+
+def _panel(title: str, lines: Mapping[str, Sequence[tuple[int, float]]]) -> Panel:
+    """Lines over the steps of all; a line without points stays, so that colours do not change."""
+    steps = sorted({step for points in lines.values() for step, _ in points})
+    peers = [Line(label, _values_at(steps, points), "peer") for label, points in lines.items()]
+    return Panel(title, steps, peers, log=True)
+
+
+def _values_at(steps: Sequence[int], points: Sequence[tuple[int, float]]) -> Sequence[float]:
+    """A line's values, interpolated between its own steps; NaN before the first, after the last."""
+    if not points:
+        return [math.nan] * len(steps)
+    own = dict(sorted(points))
+    found = np.interp(steps, list(own), list(own.values()), left=math.nan, right=math.nan)
+    return [float(value) for value in found]

@@ -10,16 +10,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from markupsafe import escape
+from markupsafe import Markup, escape
 
 from kpmask.report.page import figure, num
 
-Kind = Literal["main", "term", "base"]
+Kind = Literal["main", "peer", "term", "base"]
 Scale = Literal["log", "linear"]
 
 WIDTH: Final = 480
@@ -44,14 +45,18 @@ TERMS: Final = (
     "#b457b0",
     "#a2694a",
 )
+PEERS: Final = (MAIN, *TERMS)
 GRID: Final = "#8a8f98"
+WIDTHS: Final[Mapping[Kind, float]] = {"main": 2.2, "peer": 1.8, "term": 1.4, "base": 2.2}
+STRONG: Final[frozenset[Kind]] = frozenset({"main", "peer"})
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
     """A value at each of the panel's steps; NaN where there is none.
 
-    `main` is drawn strong, a `term` thin, and a `base`, to which others are held, dashed.
+    `main` is drawn strong, and so are `peer`s, each in a colour of its own; a `term` thin, and a
+    `base`, to which others are held, dashed.
     """
 
     label: str
@@ -60,7 +65,7 @@ class Line:
 
     @property
     def width(self) -> float:
-        return 1.4 if self.kind == "term" else 2.2
+        return WIDTHS[self.kind]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +92,7 @@ class Panel:
     @property
     def scales(self) -> tuple[Scale, ...]:
         """Those that the panel is drawn on, the one to show first at the front."""
-        main = [v for line in self.lines if line.kind == "main" for v in line.values]
+        main = [v for line in self.lines if line.kind in STRONG for v in line.values]
         finite = [value for value in main if math.isfinite(value)]
         return ("log", "linear") if self.log and finite and min(finite) > 0 else ("linear",)
 
@@ -204,14 +209,13 @@ def _value_axis(panel: Panel, scale: Scale) -> Axis:
 
 def colours(panel: Panel) -> list[str]:
     """Each line's colour."""
-    found, num_terms = [], 0
-    for line in panel.lines:
-        if line.kind == "term":
-            found.append(TERMS[num_terms % len(TERMS)])
-            num_terms += 1
-        else:
-            found.append(MAIN if line.kind == "main" else BASE)
-    return found
+    palettes: Mapping[Kind, Iterator[str]] = {
+        "main": itertools.repeat(MAIN),
+        "peer": itertools.cycle(PEERS),
+        "term": itertools.cycle(TERMS),
+        "base": itertools.repeat(BASE),
+    }
+    return [next(palettes[line.kind]) for line in panel.lines]
 
 
 def panel_svg(panel: Panel) -> str:
@@ -292,7 +296,7 @@ def _scale_parts(panel: Panel, x: Axis, y: Axis) -> Iterator[str]:
         yield _text(LEFT - 7, y.at(tick) + 4, tick_text(tick), anchor="end")
     paint = list(zip(range(len(panel.lines)), panel.lines, colours(panel), strict=True))
     # What is strong goes on top of what is thin.
-    for place, line, colour in sorted(paint, key=lambda entry: entry[1].kind == "main"):
+    for place, line, colour in sorted(paint, key=lambda entry: entry[1].kind in STRONG):
         yield f'<g data-line="{place}" fill="none" stroke="{colour}" stroke-width="{line.width}" '
         yield 'stroke-linejoin="round" stroke-linecap="round"'
         yield ' stroke-dasharray="6 5">' if line.kind == "base" else ">"
@@ -307,7 +311,8 @@ def _line_parts(panel: Panel, line: Line, colour: str, x: Axis, y: Axis) -> Iter
     ]
     if any(shown):
         yield f'<path d="{_path(shown)}"/>'
-    if line.kind != "term" and len(shown) <= MAX_MARKERS:
+    # A peer's points are not all its own: between them it is interpolated.
+    if line.kind in {"main", "base"} and len(shown) <= MAX_MARKERS:
         for point in shown:
             if point is not None:
                 yield f'<circle cx="{point[0]:.1f}" cy="{point[1]:.1f}" r="2.4" fill="{colour}" '
@@ -384,3 +389,26 @@ def rows_of(panel: Panel, *, most: int = 12) -> list[tuple[str, list[str]]]:
         (num(panel.steps[place]), [figure(line.values[place]) for line in panel.lines])
         for place in (places if count > most else range(count))
     ]
+
+
+# --- in a page -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """A panel as it goes into a page that has the parts "chart": with values to be read off."""
+
+    panel: Panel
+    svg: Markup
+    keys: Sequence[tuple[str, str, str]]  # label, colour, kind
+    rows: Sequence[tuple[str, Sequence[str]]]
+    data: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, panel: Panel) -> Chart:
+        keys = [
+            (line.label, colour, line.kind)
+            for line, colour in zip(panel.lines, colours(panel), strict=True)
+        ]
+        svg = Markup(panel_svg(panel))  # noqa: S704 - it escapes its texts
+        return cls(panel, svg, keys, rows_of(panel), panel_data(panel))

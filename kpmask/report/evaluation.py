@@ -214,7 +214,7 @@ def evaluation_page(
         title=title,
         kind="evaluation",
         home=home,
-        own="evaluation",
+        own=("evaluation",),
         note=note,
         lead=_lead(table),
         table=table,

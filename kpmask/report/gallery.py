@@ -216,7 +216,7 @@ def gallery_page(
         title=title,
         kind="gallery",
         home=home,
-        own="gallery",
+        own=("gallery",),
         manifest=manifest,
         tiles=_tiles(manifest, catalog, lost),
         metrics=names,

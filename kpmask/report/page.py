@@ -104,12 +104,12 @@ def render(
     title: str,
     kind: str,
     home: str | None,
-    own: str = "",
+    own: Sequence[str] = (),
     **values: Any,  # noqa: ANN401
 ) -> str:
-    """A page; `own` names the style and the script that only this kind of page has."""
-    script = _part("_script.html") + (_part(f"_{own}_script.html") if own else "")
-    style = _part("_style.html") + (_part(f"_{own}_style.html") if own else "")
+    """A page; `own` names styles and scripts that only some kinds of pages have."""
+    script = _part("_script.html") + "".join(_part(f"_{name}_script.html") for name in own)
+    style = _part("_style.html") + "".join(_part(f"_{name}_style.html") for name in own)
     script_hash = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return (
         _environment()

@@ -9,25 +9,14 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
-
-from markupsafe import Markup
+from typing import Final
 
 from kpmask.records import RunManifest, StepMetrics, ValidationScore
-from kpmask.report.curves import (
-    Line,
-    Panel,
-    colours,
-    panel_data,
-    panel_svg,
-    panels_svg,
-    rows_of,
-)
+from kpmask.report.curves import Chart, Line, Panel, panels_svg
 from kpmask.report.page import Tile, figure, num, num_bytes, relative_url, render
 
 MAX_SAMPLES: Final = 120
 MAX_STOPS: Final = 4
-INK: Final = "#010203"  # stands for the page's text colour until a drawing is done
 METRIC_TITLES: Final = {
     "l1": "L1 on test clips (lower is better)",
     "l1_moving": "L1 on moving pixels (lower is better)",
@@ -47,26 +36,6 @@ class KeptWeights:
     @property
     def size(self) -> str:
         return num_bytes(self.size_bytes)
-
-
-@dataclass(frozen=True, slots=True)
-class Chart:
-    """A panel as it goes into a page."""
-
-    panel: Panel
-    svg: Markup
-    keys: Sequence[tuple[str, str, str]]  # label, colour, kind
-    rows: Sequence[tuple[str, Sequence[str]]]
-    data: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, panel: Panel) -> Chart:
-        keys = [
-            (line.label, colour, line.kind)
-            for line, colour in zip(panel.lines, colours(panel), strict=True)
-        ]
-        svg = Markup(panel_svg(panel))  # noqa: S704 - it escapes its texts
-        return cls(panel, svg, keys, rows_of(panel), panel_data(panel))
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +94,7 @@ def run_page(
         title=title,
         kind="training run",
         home=home,
-        own="run",
+        own=("chart", "run"),
         manifest=manifest,
         tiles=_tiles(manifest, rows, stopped),
         losses=[Chart.of(panel) for panel in _loss_panels(metrics)],

@@ -66,7 +66,7 @@ def study_page(study: Study) -> str:
         title=study.title,
         kind="user study",
         home=None,
-        own="study",
+        own=("study",),
         data=data,
         num_screens=study.num_screens,
         minutes=max(1, round(study.num_screens * SCREEN_S / 60)),

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
+import re
+import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +37,7 @@ from kpmask.records import (
     StepMetrics,
 )
 from kpmask.report import Curve, Strip, comparison_curves_svg, comparison_page
+from kpmask.report import comparison as comparison_module
 from kpmask.report.comparison import comparison_tables, loss_course
 
 PAIRS_PER_EPOCH = 32
@@ -455,17 +460,51 @@ def test_page(comparison: Comparison) -> None:
         Curve("heatmap", [step("a", 1, 8.0), step("a", 2, 8.0), step("b", 1, 8.0)]),
     ]
     svg = comparison_curves_svg(curves)
-    assert svg.startswith('<svg role="img"') and "heatmap" in svg and "held-out clips" in svg
+    assert ET.fromstring(svg).get("role") == "img" and "heatmap" in svg and "held-out clips" in svg
     page = comparison_page(
         title="Comparison",
         comparison=comparison,
-        curves_svg=svg,
+        curves=curves,
         strips=[Strip("Reconstruction", "strip.png", "strip.mp4")],
     )
-    for text in ("0.0300", "+25.0 %", "[+20.5, +30.0]", "1.50 M", "0.300", "strip.png", svg):
+    for text in ("0.0300", "+25.0 %", "[+20.5, +30.0]", "1.50 M", "0.300", "strip.png"):
         assert text in page, text
     assert "&lt;b&gt;two&lt;/b&gt;" in page and "<b>two</b>" not in page
     assert "This comparison is going on" in page
+    loss, held_out = (json.loads(text) for text in re.findall(r'json">(.*?)</script>', page))
+    assert loss["steps"] == list(range(1, 9))
+    values = {line["label"]: line["values"] for line in loss["lines"]}
+    assert values["fomm"] == [pytest.approx(5 / n, rel=1e-5) for n in range(1, 9)]
+    assert values["heatmap"] == [1, 1, 1, *[None] * 5]
+    assert [line["values"] for line in held_out["lines"]] == [[0.2, 0.1], [None, None]]
+    assert len(set(re.findall(r'data-line="\d" fill="none" stroke="(#\w+)"', page))) == 2
+
+
+def test_between_its_own_steps_a_run_is_interpolated() -> None:
+    rng = np.random.default_rng(0)
+    own = {label: sorted(rng.choice(500, 40, replace=False).tolist()) for label in "ab"}
+    losses = {label: rng.uniform(1, 9, 40).tolist() for label in "ab"}
+    curves = [
+        Curve(
+            label,
+            [step("x", at, 8.0, loss) for at, loss in zip(own[label], losses[label], strict=True)],
+        )
+        for label in "ab"
+    ]
+    (panel,) = comparison_module._panels(curves)
+    assert list(panel.steps) == sorted({*own["a"], *own["b"]})
+    for line in panel.lines:
+        at, loss = own[line.label], losses[line.label]
+        for here, value in zip(panel.steps, line.values, strict=True):
+            if here < at[0] or here > at[-1]:
+                assert math.isnan(value)
+                continue
+            after = next(n for n, other in enumerate(at) if other >= here)
+            if at[after] == here:
+                assert value == loss[after]
+                continue
+            share = (here - at[after - 1]) / (at[after] - at[after - 1])
+            assert value == pytest.approx(loss[after - 1] * (1 - share) + loss[after] * share)
 
 
 def test_no_curves() -> None:

@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from kpmask.report import curves
-from kpmask.report.page import _part
+from kpmask.report.page import _part, figure
 from tests.support.chromium import Chromium, find_chromium
 from tests.support.pages import CONTROLS, FAINT_TEXTS, FITS, SHOWS_FOCUS, Page
 from tests.support.site import pages, write_pages
@@ -170,6 +170,20 @@ def test_it_is_whole_on_every_screen(
     page = palettes()[scheme]["page"]
     assert ground == f"rgb({', '.join(str(int(page[i : i + 2], 16)) for i in (1, 3, 5))})"
     assert browser.evaluate(FAINT_TEXTS) == []
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("kind", ["run", "comparison"])
+def test_curves_are_read_off_by_keys(browser: Chromium, site: dict[str, Path], kind: str) -> None:
+    browser.open(site[kind])
+    chart = "document.querySelector('[data-chart]')"
+    data = browser.evaluate(f"JSON.parse({chart}.querySelector('script').textContent)")
+    browser.evaluate(f"{chart}.querySelector('[data-drawing]').focus()")
+    browser.press("Home")
+    browser.press("ArrowRight")
+    told = browser.evaluate(f"{chart}.querySelector('[role=slider]').ariaValueText")
+    lines = [f"{line['label']} {figure(line['values'][1])}" for line in data["lines"]]
+    assert told == f"step {data['steps'][1]}: {', '.join(lines)}"
 
 
 @pytest.mark.browser

@@ -7,8 +7,6 @@ import dataclasses
 import io
 import math
 import re
-import subprocess
-import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -369,11 +367,6 @@ def test_a_long_list_is_cut_and_says_so() -> None:
     assert "row 999" in page.text
     assert "row 1000" not in page.text
     assert "bad_row × 1 005" in page.text
-
-
-def test_plots_are_not_loaded_until_they_are_drawn() -> None:
-    program = "import sys, kpmask.report; sys.exit('matplotlib' in sys.modules)"
-    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 # --- what the pages say ----------------------------------------------------------------------

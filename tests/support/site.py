@@ -43,7 +43,6 @@ from kpmask.report import (
     KeptWeights,
     Link,
     Strip,
-    comparison_curves_svg,
     comparison_page,
     dataset_page,
     demo_page,
@@ -335,7 +334,7 @@ def _comparison() -> str:
     return comparison_page(
         title="Comparison",
         comparison=comparison,
-        curves_svg=comparison_curves_svg(curves),
+        curves=curves,
         strips=[Strip("Reconstruction", "strip.png", "strip.mp4")],
         home=HOME,
     )

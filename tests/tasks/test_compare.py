@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -27,7 +28,7 @@ from kpmask.media import images
 from kpmask.metrics import keypoints, motion
 from kpmask.records import ClipRecord, ComparedScore, DatasetManifest, Progress, ValidationScore
 from tasks.compare import compare
-from tasks.compare_plan import open_comparison, plan, seconds_per_step
+from tasks.compare_plan import plan, seconds_per_step
 from tasks.dataset import open_dataset
 from tasks.manifest import read_table, write_json, write_table
 from tasks.report import rebuild_page
@@ -498,7 +499,21 @@ def test_validation_scores_are_drawn_where_runs_have_them(
     ]
     run = open_store(str(out / "runs" / "heatmap"))
     write_table(run, "validation.parquet", rows, ValidationScore)
-    opened = open_comparison(job(data, out))
-    assert tasks.compare._curve(opened.run("heatmap")).validation == [(3, 0.3), (5, 0.2)]
     compare(job(data, out))
     assert "held-out clips" in (out / "curves.svg").read_text()
+    html = (out / "index.html").read_text()
+    charts = [json.loads(text) for text in re.findall(r'json">(.*?)</script>', html)]
+    loss, held_out = charts
+    assert [line["label"] for line in loss["lines"]] == list(SYSTEMS)
+    assert loss["steps"][-1] == STEPS
+    (values,) = [line["values"] for line in held_out["lines"] if line["label"] == "heatmap"]
+    drawn = {at: v for at, v in zip(held_out["steps"], values, strict=True) if v is not None}
+    assert (drawn[3], drawn[5]) == (0.3, 0.2)
+    assert set(drawn) <= {3, 4, 5}
+    shutil.rmtree(out / "runs" / "heatmap")
+    rebuild_page(str(out))
+    html = (out / "index.html").read_text()
+    loss, _ = [json.loads(text) for text in re.findall(r'json">(.*?)</script>', html)]
+    assert [set(line["values"]) == {None} for line in loss["lines"]] == [
+        system == "heatmap" for system in SYSTEMS
+    ]
