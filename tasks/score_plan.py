@@ -6,6 +6,7 @@ All of it is settled before a worker starts, and what cannot be measured is refu
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,9 @@ from tasks.inputs import ID_LENGTH, content_digest, local_media
 from tasks.storage import absolute
 
 STAGE: Final = "evaluate"
+MEDIA: Final = "media"  # where previews lie
 NUM_PREVIEWS: Final = 200
+_PREVIEW: Final = re.compile(rf"{MEDIA}/[0-9a-f]{{{ID_LENGTH}}}-")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +133,11 @@ def entry_of(settings_digest: str, clip_id: str) -> str:
     With the settings in it, so that nothing is taken for that of other weights, say.
     """
     return f"{settings_digest[:ID_LENGTH]}-{clip_id}"
+
+
+def is_preview(key: str) -> bool:
+    """Whether this is one of an evaluation's previews, with whatever settings."""
+    return _PREVIEW.match(key) is not None
 
 
 def score_plan(job: EvaluateJob) -> ScorePlan:
@@ -330,7 +338,7 @@ def _of_videos(job: EvaluateJob, planned: ScorePlan) -> ScorePlan:
     """Videos with the same name in both folders, and failures of those that stand alone."""
     assert job.generated is not None
     assert job.reference is not None
-    generated, reference = _videos(job.generated), _videos(job.reference)
+    generated, reference = (_videos(uri, job.out) for uri in (job.generated, job.reference))
     failures = []
     for mine, other, where in (
         (generated, reference, job.reference),
@@ -362,14 +370,23 @@ def _without_twins(pairs: Sequence[VideoPair], failures: list[Failure]) -> list[
     return list(kept.values())
 
 
-def _videos(uri: str) -> Mapping[str, str]:
+def _videos(uri: str, out: str) -> Mapping[str, str]:
     """The videos of a folder, URI by name.
+
+    Args:
+        out: the evaluation's own place, which may lie in the folder: its previews are none of them.
 
     Raises:
         ConfigError: there is none.
     """
-    uri = absolute(uri)
-    found: list[MediaSource] = find_sources(info.key for info in storage.open_store(uri).list())
+    root, own = (f"{absolute(place).rstrip('/')}/" for place in (uri, out))
+    keys = [info.key for info in storage.open_store(absolute(uri)).list()]
+    previews = {
+        key
+        for key in keys
+        if f"{root}{key}".startswith(own) and is_preview(f"{root}{key}".removeprefix(own))
+    }
+    found: list[MediaSource] = find_sources(key for key in keys if key not in previews)
     if not found:
-        raise ConfigError("no videos here", subject=uri, code="nothing_to_do")
-    return {source.name: f"{uri.rstrip('/')}/{source.key}" for source in found}
+        raise ConfigError("no videos here", subject=absolute(uri), code="nothing_to_do")
+    return {source.name: f"{root}{source.key}" for source in found}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,7 +32,6 @@ from kpmask.records import (
     as_dict,
 )
 from kpmask.report import evaluation_page
-from tasks.inputs import ID_LENGTH
 from tasks.manifest import (
     iter_table,
     iter_table_if_any,
@@ -42,8 +40,8 @@ from tasks.manifest import (
     write_json,
     write_table,
 )
-from tasks.score_plan import STAGE, ScorePlan, entry_of
-from tasks.score_worker import MEDIA, PREVIEW_FRAMES, curves_key, features_key, media_of
+from tasks.score_plan import MEDIA, STAGE, ScorePlan, entry_of, is_preview
+from tasks.score_worker import PREVIEW_FRAMES, curves_key, features_key, media_of
 from tasks.storage import ObjectStore
 
 SCORES: Final = "scores.parquet"
@@ -55,7 +53,6 @@ JOURNAL: Final = "journal"
 METHODS: Final[tuple[Method, ...]] = ("model", "copy", "codec")  # that sets are measured of
 REMOVERS: Final = 16
 CURVES_AT_ONCE: Final = 256  # in memory: one may be of a million frames
-_PREVIEW: Final = re.compile(rf"{MEDIA}/[0-9a-f]{{{ID_LENGTH}}}-")
 
 
 # --- what an earlier run left ----------------------------------------------------------------
@@ -259,7 +256,7 @@ def remove_other_previews(store: ObjectStore, planned: ScorePlan) -> None:
     """Remove previews that runs with other settings left here."""
     own = f"{MEDIA}/{entry_of(planned.settings_digest, '')}"
     keys = [info.key for info in store.list(f"{MEDIA}/")]
-    _remove(store, [key for key in keys if _PREVIEW.match(key) and not key.startswith(own)])
+    _remove(store, [key for key in keys if is_preview(key) and not key.startswith(own)])
 
 
 def _remove(store: ObjectStore, keys: Sequence[str]) -> None:

@@ -36,6 +36,7 @@ from tasks.cluster import Worker
 from tasks.inputs import local_media
 from tasks.manifest import write_table
 from tasks.score_plan import (
+    MEDIA,
     CrossPair,
     HeldOutFrames,
     ScoreItem,
@@ -52,7 +53,6 @@ Frame = NDArray[np.uint8]  # HWC RGB
 
 CURVES: Final = "journal/frames"
 FEATURES: Final = "journal/features"
-MEDIA: Final = "media"
 PREVIEW_FRAMES: Final = 100
 HELD_OUT_FPS: Final = 5.0  # of a preview whose frames do not follow one another
 

@@ -48,6 +48,7 @@ from tests.support.evaluations import (
     some_frames,
     write_weights,
 )
+from tests.support.inline import inline_evaluation
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +248,26 @@ def test_folders_are_matched_by_name(ray_cluster: None, folders: Path, tmp_path:
     # x264 stores half the colour, even without loss
     assert values["different", "l1", "model"] == pytest.approx(expected, abs=0.02)
     assert (table.num_videos, table.weights_sha256, table.dataset_id) == (2, "", "")
+
+
+@pytest.mark.parametrize("place", ["scores", "."])
+def test_scores_may_lie_beside_the_videos_that_they_are_of(
+    tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inline_evaluation(monkeypatch)
+    for side in ("made", "true"):
+        (tmp_path / side).mkdir()
+        encode(tmp_path / side / "a.mp4", some_frames(4), fps=25)
+    job = job_of(
+        tmp_path / "made" / place,
+        generated=str(tmp_path / "made"),
+        reference=str(tmp_path / "true"),
+        metrics=("l1",),
+    )
+    first = evaluate(job)
+    assert (tmp_path / "made" / place / "media").is_dir()
+    assert (first.num_videos, first.num_failures) == (1, 0)
+    assert evaluate(job) == first  # its previews are no videos to be scored
 
 
 def test_frames_are_matched_by_number_whatever_the_rate(tmp_path: Path) -> None:
