@@ -301,7 +301,8 @@ def _compared_run(opened: Opened, run: PlannedRun) -> ComparedRun:
 def _device_text(job: CompareJob) -> str:
     if device_of(job) == "cuda":
         return gpu_names()[0]
-    return f"CPU, {torch.get_num_threads()} threads"
+    count = torch.get_num_threads()
+    return f"CPU, {count} thread{'' if count == 1 else 's'}"
 
 
 # --- pictures --------------------------------------------------------------------------------
