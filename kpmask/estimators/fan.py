@@ -27,7 +27,7 @@ from kpmask.estimators import Frames, Keypoints, Subject
 from kpmask.estimators.frames import EachFrame
 from kpmask.estimators.networks import load_weights, network_device, whole_floats
 from kpmask.estimators.s3fd import FaceBoxes
-from kpmask.estimators.weights import digest_of, find
+from kpmask.estimators.weights import check_published, digest_of, find
 
 NUM_POINTS: Final = 68
 _SIDE_PX: Final = 256  # of what the network sees
@@ -153,6 +153,8 @@ class Fan:
         """Raises `find`'s errors."""
         boxes, boxes_found = FaceBoxes.load(device=network_device())
         found = find("fan")
+        if _is_torchscript(found.paths[0]):
+            check_published("fan", found)
         digest = digest_of((found.sha256, boxes_found.sha256))
         return cls(boxes, read_network(found.paths[0]), weights_sha256=digest)
 
@@ -185,8 +187,8 @@ class Fan:
 def read_network(path: Path) -> nn.Module:
     """The network in a file of tensors, or in one of TorchScript, as older versions have it.
 
-    TorchScript is a program: it can read and write files. It is run only since its digest is that
-    of the file that the authors published, which `kpmask weights add` has seen to.
+    TorchScript is a program: it can read and write files. It is run only since `Fan.load` has seen
+    that its digest is that of the file that the authors published.
     """
     if _is_torchscript(path):
         try:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from kpmask.errors import CheckpointError
 from kpmask.estimators.networks import at_once, whole_floats
-from kpmask.estimators.weights import OWN, find
+from kpmask.estimators.weights import check_published, find
 
 NUM_FRAMES: Final = 16
 
@@ -53,12 +53,7 @@ class I3D:
             CheckpointError: they are other weights.
         """
         found = find("i3d")
-        if not found.sha256.startswith(OWN["i3d"].sha256_prefixes):
-            raise CheckpointError(
-                f"is not the known TorchScript: SHA-256 {found.sha256[:16]}...",
-                subject=str(found.paths[0]),
-                hint="kpmask weights add i3d FILE --replace",
-            )
+        check_published("i3d", found)
         return cls(found.paths[0]), found.sha256, found.licence
 
     def features(self, frames_NTCHW: Tensor) -> Tensor:

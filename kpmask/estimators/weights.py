@@ -379,6 +379,22 @@ def find(name: str) -> Found:
     return Found((path,), sha256, weights.licence)
 
 
+def check_published(name: str, found: Found) -> None:
+    """Let a file of the user's pass that is the published one, where it is a program to be run.
+
+    `kpmask weights add` has seen to that; but its note of it is a file that anybody could write.
+
+    Raises:
+        CheckpointError: it is another.
+    """
+    if not found.sha256.startswith(OWN[name].sha256_prefixes):
+        raise CheckpointError(
+            f"is not the known TorchScript: SHA-256 {found.sha256[:16]}...",
+            subject=str(found.paths[0]),
+            hint=f"kpmask weights add {name} FILE --replace",
+        )
+
+
 def add_command(weights: OwnWeights) -> str:
     """The commands that get them."""
     add = f"kpmask weights add {weights.name} FILE"

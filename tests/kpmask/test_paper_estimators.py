@@ -6,6 +6,7 @@ must give with those were computed by the packages that they come from.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import warnings
@@ -236,7 +237,9 @@ def test_estimators_load_what_was_brought_and_say_which(brought: Any, tmp_path: 
 
 
 @pytest.mark.slow
-def test_points_of_faces_and_bodies_from_files(brought: Any, tmp_path: Path) -> None:
+def test_points_of_faces_and_bodies_from_files(
+    brought: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     frame = (255 * waves(192)).round().astype(np.uint8)
     boxes = brought("s3fd", state_file(filled(S3fd(), gain=3.0), tmp_path / "s"))
     points = brought("fan", state_file(filled(FanNetwork()), tmp_path / "f"))
@@ -249,7 +252,10 @@ def test_points_of_faces_and_bodies_from_files(brought: Any, tmp_path: Path) -> 
         warnings.simplefilter("ignore", DeprecationWarning)  # as the package's older files are
         script = torch.jit.trace(filled(FanNetwork()).eval(), torch.zeros(1, 3, 256, 256))
         torch.jit.save(script, str(tmp_path / "script"))
-    brought("fan", (tmp_path / "script").read_bytes())
+    digest = brought("fan", (tmp_path / "script").read_bytes())
+    with pytest.raises(CheckpointError, match="not the known TorchScript"):
+        point_estimator.__wrapped__("fan")  # a program that is not run
+    monkeypatch.setitem(OWN, "fan", dataclasses.replace(OWN["fan"], sha256_prefixes=(digest,)))
     again = point_estimator.__wrapped__("fan").estimate(frame[None])
     np.testing.assert_allclose(again.points_TK2, found.points_TK2, atol=1)
     brought("openpose", state_file(filled(PoseNetwork()), tmp_path / "p"))
