@@ -79,6 +79,7 @@ def test_commands_leave_what_the_readme_says(tour: Path) -> None:
         "tour/mine/manifest.parquet",
         "tour/run/weights.safetensors",
         "tour/run/index.html",
+        "tour/overview.html",
         "tour/one.mp4",
         "tour/animations/index.html",
         "tour/grid/manifest.parquet",
