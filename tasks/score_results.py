@@ -162,9 +162,10 @@ class _Features:
     def __init__(self, store: ObjectStore, metric: str, entries: Sequence[str]) -> None:
         self._store = store
         self._metric = metric
-        counts = [len(self._table(entry, "true")) for entry in entries]
-        self._entries = [entry for entry, count in zip(entries, counts, strict=True) if count]
-        self.num_windows = sum(counts)
+        counts = {entry: len(self._table(entry, "true")) for entry in entries}
+        self._counts = {entry: count for entry, count in counts.items() if count}
+        self._entries = list(self._counts)
+        self.num_windows = sum(counts.values())
 
     @property
     def num_videos(self) -> int:
@@ -174,8 +175,10 @@ class _Features:
         return self._store.exists(features_key(self._entries[0], self._metric, method))
 
     def tables(self, side: str) -> Iterator[NDArray[np.float64]]:
-        for entry in self._entries:
-            yield self._table(entry, side)
+        for entry, count in self._counts.items():
+            table_ND = self._table(entry, side)
+            # Of a copy there is one row.
+            yield table_ND.repeat(count, 0) if side == "copy" else table_ND
 
     def _table(self, entry: str, side: str) -> NDArray[np.float64]:
         data = self._store.get(features_key(entry, self._metric, side))

@@ -294,7 +294,8 @@ def _short(info: MetricInfo) -> str:
 def leave(store: ObjectStore, entry: str, scored: ScoredVideo) -> None:
     """Put a video's curves and features into the store."""
     for (metric, side), table_ND in scored.features.items():
-        store.put(features_key(entry, metric, side), _npy(table_ND))
+        rows_ND = table_ND[:1] if side == "copy" else table_ND  # of which all are equal
+        store.put(features_key(entry, metric, side), _npy(rows_ND))
     write_table(store, curves_key(entry), scored.frames, FrameScores)
 
 
