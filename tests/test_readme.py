@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDES = (ROOT / "docs" / "datasets.md",)
 COMMAND_LIMIT_S = 300
+TOUR_LIMIT_S = 1800  # forty commands, each of which starts all its parts by itself
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -71,6 +72,7 @@ def answer_study(study: Path, answers: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(TOUR_LIMIT_S)
 def test_commands_leave_what_the_readme_says(tour: Path) -> None:
     for name in (
         "tour/metadata.csv",
@@ -97,6 +99,7 @@ def test_commands_leave_what_the_readme_says(tour: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(TOUR_LIMIT_S)
 def test_python_example(tour: Path) -> None:
     (example,) = blocks("python")
     run([sys.executable, "-c", f"{example}\nassert video.shape[0] == 2 and video.ndim == 4"], tour)
