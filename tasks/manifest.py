@@ -48,25 +48,27 @@ def write_table(
     record_type: type[R],
     *,
     metadata: Mapping[str, str] | None = None,
-    rows_at_once: int = ROWS_PER_GROUP,
+    rows_at_once: int | None = None,
 ) -> None:
     """Publish records as a Parquet table; `metadata` (a settings digest, say) goes into it.
 
     Records are taken as they come, and memory is flat.
 
     Args:
-        rows_at_once: records in memory, and in one group of the table: fewer of long ones.
+        rows_at_once: records in memory, and in one group of the table: fewer of long ones. None is
+            ROWS_PER_GROUP.
     """
+    rows = rows_at_once or ROWS_PER_GROUP
     settings = dict(sorted((metadata or {}).items()))
     stream = iter(records)
-    table = to_table(itertools.islice(stream, rows_at_once), record_type, settings)
+    table = to_table(itertools.islice(stream, rows), record_type, settings)
     with tempfile.TemporaryDirectory(prefix="kpmask-") as folder, os_errors(key):
         path = Path(folder) / "table.parquet"
         options: dict[str, Any] = {"compression": "zstd", "version": "2.6"}
         with pq.ParquetWriter(path, table.schema, **options) as writer:
             writer.write_table(table)
             while (
-                table := to_table(itertools.islice(stream, rows_at_once), record_type, settings)
+                table := to_table(itertools.islice(stream, rows), record_type, settings)
             ).num_rows:
                 writer.write_table(table)
         store.put_file(key, path)

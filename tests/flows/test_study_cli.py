@@ -406,6 +406,7 @@ def test_what_a_screen_reader_is_told(browser: Chromium, study: Path) -> None:
     browser.open(study / "public" / "index.html")
     browser.press("Enter")
     assert browser.evaluate("document.activeElement.id") == "screen-title"
+    browser.wait_for(READY)  # a video without a picture is nothing that is told
     browser.call("Accessibility.enable")
     nodes = browser.call("Accessibility.getFullAXTree")["nodes"]
     told = [

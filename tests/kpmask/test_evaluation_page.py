@@ -834,6 +834,11 @@ def frame_shown(browser: Chromium) -> list[int]:
         f"[...{FIRST}.querySelectorAll('figure')].map((f) => f.getBoundingClientRect())"
         ".map((b) => [b.x + b.width / 2, b.y + b.height / 2])"
     )
+    # A busy browser without a screen may leave a frame unpainted until something else changes.
+    browser.evaluate(
+        "document.querySelectorAll('video').forEach((v) => "
+        "{ v.style.outline = v.style.outline ? '' : '1px solid transparent'; })"
+    )
     browser.evaluate("new Promise((done) => requestAnimationFrame(() => setTimeout(done, 60, 1)))")
     shot = browser.call("Page.captureScreenshot", format="png")["data"]
     image = Image.open(io.BytesIO(base64.b64decode(shot))).convert("L")
