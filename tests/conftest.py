@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.chromium import Chromium, find_chromium
 from tests.support.weed import BUCKET, Weed, find_weed
 
 # Before anything imports the parts: no telemetry, and no state in the user's home.
@@ -51,6 +52,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Have the longest files first; of a file the order stays."""
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
+    """A browser without a screen, for the tests of one file."""
+    program = find_chromium()
+    if program is None:
+        pytest.skip("no chromium on this machine")
+    with Chromium(program, tmp_path_factory.mktemp("profile")) as found:
+        yield found
 
 
 @pytest.fixture

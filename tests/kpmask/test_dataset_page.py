@@ -21,7 +21,7 @@ from PIL import Image
 from kpmask.records import ClipRecord, DatasetChanges, DatasetManifest, Failure, digest
 from kpmask.report import DatasetSummary, dataset_page, preview_key, preview_strip
 from kpmask.report import dataset as module
-from tests.support.chromium import Chromium, find_chromium
+from tests.support.chromium import Chromium
 from tests.support.pages import FITS, Page
 
 SHA = "ab12" * 16
@@ -303,15 +303,6 @@ def test_a_page_of_many_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # --- a browser -------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
-    program = find_chromium()
-    if program is None:
-        pytest.skip("no chromium on this machine")
-    with Chromium(program, tmp_path_factory.mktemp("profile")) as found:
-        yield found
 
 
 @pytest.fixture

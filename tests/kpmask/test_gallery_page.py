@@ -25,7 +25,7 @@ from kpmask.media.encode import encode
 from kpmask.records import AnimationRecord, CatalogManifest, Failure
 from kpmask.report import GalleryMedia, gallery_page, poster, poster_key
 from kpmask.report import gallery as module
-from tests.support.chromium import Chromium, find_chromium
+from tests.support.chromium import Chromium
 from tests.support.pages import FITS, Page
 
 SHA = "ab12" * 16
@@ -271,15 +271,6 @@ def test_labels_are_the_shortest_ends_that_no_other_path_has() -> None:
 
 
 # --- a browser -------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
-    program = find_chromium()
-    if program is None:
-        pytest.skip("no chromium on this machine")
-    with Chromium(program, tmp_path_factory.mktemp("profile")) as found:
-        yield found
 
 
 @pytest.fixture

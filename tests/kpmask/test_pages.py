@@ -14,7 +14,7 @@ import pytest
 
 from kpmask.report import curves
 from kpmask.report.page import _part, figure
-from tests.support.chromium import Chromium, find_chromium
+from tests.support.chromium import Chromium
 from tests.support.pages import CONTROLS, FAINT_TEXTS, FITS, SHOWS_FOCUS, Page
 from tests.support.site import pages, write_pages
 
@@ -26,15 +26,6 @@ SCHEMES = ("light", "dark")
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return write_pages(tmp_path_factory.mktemp("site"))
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
-    program = find_chromium()
-    if program is None:
-        pytest.skip("no chromium on this machine")
-    with Chromium(program, tmp_path_factory.mktemp("profile")) as opened:
-        yield opened
 
 
 @pytest.fixture
