@@ -7,17 +7,19 @@ UI shows every setting as a form, and a run is refused before it starts when one
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
+from signal import SIGTERM
 from typing import Any, Final
 from uuid import UUID
 from zoneinfo import available_timezones
 
-import prefect
 from prefect import Flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
@@ -36,6 +38,7 @@ from prefect.client.schemas.objects import (
 from prefect.client.schemas.schedules import SCHEDULE_TYPES, IntervalSchedule
 from prefect.deployments.runner import RunnerDeployment
 from prefect.exceptions import ObjectNotFound
+from prefect.runner import Runner
 from prefect.schedules import Cron, Interval, Schedule
 from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
 from prefect.states import Crashed
@@ -137,10 +140,8 @@ def serve(
     with prefect_api(), _served_here_alone(name):
         _end_lost_runs(names)
         try:
-            # Prefect's own pause never happens on SIGTERM: its handler forgets to await it.
-            prefect.serve(
-                *deployments, limit=1, pause_on_shutdown=False, print_starting_message=False
-            )
+            with suppress(KeyboardInterrupt, asyncio.CancelledError):
+                asyncio.run(_run_until_told(deployments))
         finally:
             _pause([d.full_name for d in deployments if d.schedules])
             _end_lost_runs(names)
@@ -226,6 +227,25 @@ def _interval(cron: str | None, every_s: float) -> Schedule:
             subject="every",
         )
     return Interval(timedelta(seconds=every_s))
+
+
+async def _run_until_told(deployments: Sequence[RunnerDeployment]) -> None:
+    """What `prefect.serve` does, but SIGTERM ends it as Ctrl-C does, whatever it is just doing.
+
+    Prefect's own handler raises SystemExit wherever the process happens to be. In the callback of
+    a weak reference that is lost, and the process goes on; and nobody awaits its clean-up.
+    """
+    this = asyncio.current_task()
+    assert this is not None
+    end_when_told = partial(asyncio.get_running_loop().add_signal_handler, SIGTERM, this.cancel)
+    end_when_told()
+    runner = Runner(limit=1, pause_on_shutdown=False)
+    for deployment in deployments:
+        await runner.aadd_deployment(deployment)
+    running = asyncio.create_task(runner.start())
+    await asyncio.sleep(0)  # it has put its own handler there
+    end_when_told()
+    await running
 
 
 @contextmanager

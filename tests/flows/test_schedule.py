@@ -169,6 +169,17 @@ def deployment(api_url: str) -> str:
     return str(found["id"])
 
 
+def waiting_run(root: Path, api_url: str) -> tuple[str, dict[str, Any]]:
+    """The deployment, and its one run once that waits for the lease which a test holds.
+
+    What it says is waited for first: the server knows the deployment from the tests before.
+    """
+    wait_for(lambda: "waiting for another run" in (root / "log").read_text(), timeout_s=120)
+    id_ = deployment(api_url)
+    (run,) = runs_of(api_url, id_, "RUNNING")
+    return id_, run
+
+
 def finished(api_url: str, id_: str) -> list[dict[str, Any]]:
     return runs_of(api_url, id_, "COMPLETED", "FAILED", "CRASHED")
 
@@ -207,6 +218,8 @@ def test_a_dataset_grows_by_itself(root: Path, films: list[Path], api_url: str) 
         wait_for(lambda: news_of(api_url, finished(api_url, id_)[2:]), timeout_s=120)
         assert changes_at(root) == second
         runs = finished(api_url, id_)
+    assert not runs_of(api_url, id_, "PENDING", "RUNNING"), "it ended in order"
+    assert "Traceback" not in (root / "log").read_text()
     assert all(run["auto_scheduled"] for run in runs), "nobody asked for one"
     assert {run["state"]["type"] for run in runs} == {"COMPLETED"}
 
@@ -234,10 +247,8 @@ def test_one_run_at_a_time_and_the_next_after_one_that_was_killed(root: Path, ap
     """While somebody else holds the dataset, a run waits: it is the one that is at work."""
     store = open_store(str(root / "data"))
     with served(root, api_url) as serving:
-        id_ = deployment(api_url)
         with lease(store, LEASE, on_wait=print):
-            (busy,) = wait_for(lambda: runs_of(api_url, id_, "RUNNING"), timeout_s=90)
-            wait_for(lambda: "waiting for another run" in (root / "log").read_text(), timeout_s=60)
+            id_, busy = waiting_run(root, api_url)
             asked = post(api_url, f"deployments/{id_}/create_flow_run", {})["id"]
             cancelled = wait_for(
                 lambda: [r for r in runs_of(api_url, id_, "CANCELLED") if r["id"] == asked],
@@ -258,8 +269,7 @@ def test_one_run_at_a_time_and_the_next_after_one_that_was_killed(root: Path, ap
 def test_runs_that_a_killed_process_leaves_behind_hold_no_place(root: Path, api_url: str) -> None:
     store = open_store(str(root / "data"))
     with served(root, api_url) as serving, lease(store, LEASE, on_wait=print):
-        id_ = deployment(api_url)
-        (busy,) = wait_for(lambda: runs_of(api_url, id_, "RUNNING"), timeout_s=90)
+        id_, busy = waiting_run(root, api_url)
         family = [*children_of(serving.pid, ""), serving.pid]
         for pid in family:
             os.kill(pid, signal.SIGKILL)
