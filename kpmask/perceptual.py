@@ -25,7 +25,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from kpmask.config import Perceptual
 from kpmask.errors import CheckpointError
-from kpmask.pretrained import PublishedFile, cache_folder, fetch, read_torch_file
+from kpmask.pretrained import PublishedFile, cache_folder, fetch
+from kpmask.torch_files import read_torch_file
 
 VGG19_FILE = PublishedFile(
     url="https://download.pytorch.org/models/vgg19-dcbb9e9d.pth",

@@ -1,4 +1,4 @@
-"""Weights of other projects: read without running what is in them, and downloaded once.
+"""Weights of other projects, downloaded once.
 
 A download is verified, resumed where it broke off, and shown whole or not at all.
 Several processes may want the same file at once. The first takes a lock and downloads; the others
@@ -8,64 +8,20 @@ wait for it and find the file.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import os
-import pickle
-import struct
 import urllib.error
 import urllib.request
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, NoReturn
-
-import torch
+from typing import NoReturn
 
 from kpmask.errors import CheckpointError
 
 CHUNK_BYTES = 1 << 20
-
-
-def read_torch_file(path: Path) -> Any:  # noqa: ANN401 - whatever was saved
-    """The tensors and plain values of a `torch.save` file, new or old format, on the CPU.
-
-    Raises:
-        CheckpointError: it cannot be read, is not such a file, or would run code.
-    """
-    try:
-        with warnings.catch_warnings():
-            # That the file's pickle protocol is not the usual one: it is read or refused.
-            warnings.simplefilter("ignore", UserWarning)
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, *_NOT_TENSORS) as error:
-        # The archive reader seeks before the beginning of a file that ends early.
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise CheckpointError(
-                error.strerror or str(error), subject=str(path), code="weights_unavailable"
-            ) from error
-        raise CheckpointError(
-            "not a file of tensors alone", subject=str(path), hint="a pickle is never executed"
-        ) from error
-
-
-# What the reader raises at bytes that are not its own.
-_NOT_TENSORS = (
-    pickle.UnpicklingError,
-    RuntimeError,
-    EOFError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    TypeError,
-    OverflowError,
-    MemoryError,
-    AssertionError,
-    struct.error,
-)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from kpmask.model_config import AnyModel, FommModel, KeypointMaskModel, RefinedM
 from kpmask.models import build_system
 from kpmask.models.base import AnimationSystem
 from kpmask.models.layers import DownBlock
-from kpmask.pretrained import read_torch_file
+from kpmask.torch_files import read_torch_file
 from kpmask.upstream_yaml import merge, read_yaml
 
 Tensors = Mapping[str, Tensor]

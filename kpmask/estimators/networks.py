@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kpmask.errors import CheckpointError
-from kpmask.pretrained import read_torch_file
+from kpmask.torch_files import read_torch_file
 
 Network = TypeVar("Network", bound=nn.Module)
 

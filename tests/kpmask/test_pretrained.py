@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 import re
 import socket
 import threading
@@ -19,7 +18,7 @@ import torch
 from kpmask import perceptual
 from kpmask.errors import CheckpointError
 from kpmask.perceptual import load_perceptual
-from kpmask.pretrained import PublishedFile, cache_folder, fetch, read_torch_file
+from kpmask.pretrained import PublishedFile, cache_folder, fetch
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -188,53 +187,3 @@ def test_vgg19_comes_by_download(
     assert features is not None
     image = torch.rand(1, 3, 16, 16)
     assert all(map(torch.equal, features(image), narrow(image)))
-
-
-# --- torch files -----------------------------------------------------------------------------
-
-
-class Attack:
-    """A pickle that writes a file when it is opened carelessly."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (self.path,))
-
-
-def test_a_pickle_that_runs_code_is_not_run(tmp_path: Path) -> None:
-    mark = tmp_path / "was-run"
-    attacks = {
-        "plain.pth": pickle.dumps(Attack(mark)),
-    }
-    for name, content in attacks.items():
-        (tmp_path / name).write_bytes(content)
-    torch.save({"generator": Attack(mark)}, tmp_path / "zip.pth")
-    torch.save(
-        {"generator": Attack(mark)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False
-    )
-    for name in ("plain.pth", "zip.pth", "old.pth"):
-        with pytest.raises(CheckpointError, match="never executed"):
-            read_torch_file(tmp_path / name)
-    assert not mark.exists()
-
-
-@pytest.mark.parametrize("new_format", [True, False])
-def test_damaged_files(tmp_path: Path, new_format: bool) -> None:
-    path = tmp_path / "weights.pth"
-    torch.save({"a": torch.arange(50), "n": 3}, path, _use_new_zipfile_serialization=new_format)
-    whole = path.read_bytes()
-    assert torch.equal(read_torch_file(path)["a"], torch.arange(50))
-    generator = torch.Generator().manual_seed(0)
-    cuts = torch.randint(0, len(whole) - 1, (60,), generator=generator).tolist()
-    for cut in [0, 1, 2, *cuts]:
-        path.write_bytes(whole[:cut])
-        with pytest.raises(CheckpointError):
-            read_torch_file(path)
-    for place in cuts:  # whatever comes of a changed byte, nothing else escapes
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
-        try:
-            read_torch_file(path)
-        except CheckpointError as error:
-            assert error.subject == str(path)
