@@ -138,7 +138,7 @@ def finder(rule: str) -> tuple[str, ...]:
     """Which detectors a rule asks, by name and version: they shape what is made.
 
     Raises:
-        ConfigError: one cannot be had here.
+        ConfigError, CheckpointError: one cannot be had here.
     """
     if rule == "centre" or parse_box(rule) is not None:
         return ()

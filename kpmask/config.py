@@ -141,7 +141,8 @@ class Subject(Part):
     """
 
     # none: the largest square about the frame's centre. auto: a face where one is seen, else a
-    # person, else what moves. face needs `pip install kpmask[faces]`, and so does auto.
+    # person, else what moves. face needs `kpmask weights fetch yunet`, or `pip install
+    # 'kpmask[faces]'`, and so does auto.
     detector: Literal["none", "auto", "face", "person", "motion"] = "none"
     # follow: the union of a subject's boxes, while they overlap its first (VoxCeleb). fixed: the
     # first box, grown, while the subject stays in it (Tai-Chi-HD). first: the box of the video's
@@ -475,7 +476,8 @@ class Output(Part):
 
     # What is animated of an image: its largest centred square, its largest face or person (auto:
     # a face that is large enough, else a person), or a box left-top-right-bottom in pixels as
-    # displayed, which is made square. face needs `pip install kpmask[faces]`, and so does auto.
+    # displayed, which is made square. face needs `kpmask weights fetch yunet`, or `pip install
+    # 'kpmask[faces]'`, and so does auto.
     crop: str = "centre"
     # The same of a video, for all of it: found in its first second; motion: what moves.
     driving_crop: str = "centre"
@@ -605,14 +607,16 @@ class ScoreSetting(Part):
 
     - reconstruction: each clip from its own frame 0.
     - cross: one clip's frame 0 by the motion of another identity's clip; the metrics compare with
-      the driving frames, and those of identities with the source.
+      the driving frames, and those of identities with the source. A catalog's results are scored
+      in this setting, whoever moves whom.
     - few_shot: a person's held-out frames from one frame of the same person, as paper 003 has it
       with no frame to fine-tune on.
     """
 
     kind: Setting = "reconstruction"
-    # cross: how drivers' motion is taken; relative is from its own frame 0 on.
-    motion: Motion = "absolute"
+    # cross: how drivers' motion is taken; relative is from its own frame 0 on. None: absolute; of a
+    # catalog the one that all rows have, else which rows count.
+    motion: Motion | None = None
     num_pairs: PositiveInt = 50  # cross: at most, spread over sources and drivers
     pairs: str | None = None  # cross: a CSV with columns source and driving, of clips' names or ids
     num_frames: PositiveInt = 32  # few_shot: held out of each person
@@ -621,7 +625,9 @@ class ScoreSetting(Part):
     def _means_something(self) -> ScoreSetting:
         of = {"motion": "cross", "num_pairs": "cross", "pairs": "cross", "num_frames": "few_shot"}
         for name, kind in of.items():
-            if self.kind != kind and getattr(self, name) != type(self).model_fields[name].default:
+            # Jobs that were written out before say absolute, whatever their kind.
+            unsaid = (type(self).model_fields[name].default, "absolute")
+            if self.kind != kind and getattr(self, name) not in unsaid:
                 raise ValueError(f"{name} is for kind = {kind}, not {self.kind}")
         if (
             self.pairs is not None
@@ -631,14 +637,23 @@ class ScoreSetting(Part):
         return self
 
 
+# A catalog's, where nobody names others: of faces and of bodies, by weights that are to be had
+# without terms. Coverages, which come along, say what was there.
+CATALOG_METRICS: Sequence[MetricName] = (
+    *("csim_source_sface", "akd_motion_facemesh", "akd_facemesh", "mkr_facemesh"),
+    *("jitter_facemesh", "akd_motion_movenet_found", "akd_movenet_found", "mkr_movenet"),
+)
+
+
 class EvaluateJob(Part):
-    """Score a checkpoint on a test split, or one folder of videos against another."""
+    """Score a checkpoint on a test split, one folder of videos against another, or a catalog."""
 
     out: str
     checkpoint: str | None = None
     data: str | None = None
     generated: str | None = None
     reference: str | None = None
+    catalog: str | None = None  # what `animate` left: scored as it is, nothing is drawn again
     metrics: Annotated[tuple[MetricName, ...], Field(min_length=1)] = (
         "l1",
         "l1_with_first",
@@ -660,20 +675,40 @@ class EvaluateJob(Part):
     cluster: Cluster = Cluster()
     max_failed_fraction: Fraction = 0.5
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_catalog(cls, given: Any) -> Any:  # noqa: ANN401 - as pydantic hands it over
+        """What a catalog is scored by, where nothing else is said."""
+        if not isinstance(given, dict) or given.get("catalog") is None:
+            return given
+        setting = given.get("setting", {})
+        if isinstance(setting, dict):
+            setting = {"kind": "cross", **setting}
+        return {"metrics": list(CATALOG_METRICS), **given, "setting": setting}
+
     @model_validator(mode="after")
     def _one_input(self) -> EvaluateJob:
         model = (self.checkpoint is not None, self.data is not None)
         folders = (self.generated is not None, self.reference is not None)
-        if model not in {(True, True), (False, False)} or folders not in {
-            (True, True),
-            (False, False),
-        }:
+        if self.catalog is not None:
+            self._check_catalog()
+        elif model.count(True) == 1 or folders.count(True) == 1:
             raise ValueError("checkpoint goes with data, and generated with reference")
-        if model[0] == folders[0]:
-            raise ValueError("give either checkpoint + data or generated + reference")
-        if folders[0] and self.setting != ScoreSetting():
+        elif model[0] == folders[0]:
+            raise ValueError("give one of: checkpoint + data, generated + reference, catalog")
+        elif folders[0] and self.setting.kind != "reconstruction":
             raise ValueError("setting is of a checkpoint on a dataset; two folders have none")
         return self
+
+    def _check_catalog(self) -> None:
+        for name in ("checkpoint", "data", "generated", "reference"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} does not go with catalog, which has all that is scored")
+        if self.setting.kind != "cross":
+            raise ValueError(f"setting.kind is cross for a catalog, not {self.setting.kind}")
+        for name in ("pairs", "num_pairs"):
+            if getattr(self.setting, name) != ScoreSetting.model_fields[name].default:
+                raise ValueError(f"setting.{name} is of a dataset's clips; a catalog has its rows")
 
 
 # --- compare ---------------------------------------------------------------------------------

