@@ -354,6 +354,13 @@ def evaluate(
         str | None, typer.Option(help="A folder of videos, with --reference.")
     ] = None,
     reference: Annotated[str | None, typer.Option(help="The videos that they should be.")] = None,
+    catalog: Annotated[
+        str | None,
+        typer.Option(
+            help="A catalog that `kpmask animate` finished: a folder or s3://. Its results are "
+            "scored as they are."
+        ),
+    ] = None,
     metrics: MetricNames = None,
     setting: Annotated[
         str | None,
@@ -363,7 +370,10 @@ def evaluate(
         ),
     ] = None,
     motion: Annotated[
-        str | None, typer.Option(help="For cross: absolute or relative. Default: absolute.")
+        str | None,
+        typer.Option(
+            help="For cross: absolute or relative. Default: absolute; of a catalog what it has."
+        ),
     ] = None,
     pairs: Annotated[
         str | None,
@@ -380,9 +390,10 @@ def evaluate(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Score a checkpoint on a test split, or one folder of videos against another.
+    """Score a checkpoint on a test split, a folder of videos against another, or a catalog.
 
-    Two folders' videos are matched by name, and their frames by number, whatever their rates.
+    Two folders' videos are matched by name, and their frames by number, whatever their rates. A
+    catalog's results are compared with its images and driving videos, as in the setting cross.
 
     Examples:
 
@@ -396,6 +407,9 @@ def evaluate(
         --metrics csim_source_sface,akd_motion_facemesh
 
         kpmask evaluate --checkpoint w --data d --out few --setting few_shot --metrics ssim
+
+        kpmask evaluate --catalog s3://bucket/shop --out scores
+        --metrics csim_source_sface,akd_motion_facemesh
     """
     resolved = config.resolve_job(
         config.EvaluateJob,
@@ -407,6 +421,7 @@ def evaluate(
             "data": data,
             "generated": generated,
             "reference": reference,
+            "catalog": catalog,
             "out": out,
             "metrics": _listed(metrics),
             "setting": _given(kind=setting, motion=motion, pairs=pairs, num_pairs=num_pairs),

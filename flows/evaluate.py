@@ -1,4 +1,4 @@
-"""A checkpoint and a test split, or two folders of videos -> scores."""
+"""A checkpoint and a test split, two folders of videos, or a finished catalog -> scores."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def publish_scores(scores: ScoreTable) -> None:
 
 @flow(
     name="evaluate",
-    description="Score a checkpoint on a test split, or one folder of videos against another.",
+    description="Score a checkpoint on a test split, a folder against another, or a catalog.",
     flow_run_name="evaluate {job.out}",
     persist_result=False,
 )

@@ -14,6 +14,7 @@ SETTINGS: Final = {
     "cross": "another identity's motion, {motion}: a source beside the driving video that moves it",
     "few_shot": "few-shot protocol: held-out frames from one frame of the same person, #FT = 0",
 }
+OF_A_CATALOG: Final = "a finished catalog, {motion}: results beside the videos that moved them"
 
 
 def score_lines(scores: ScoreTable) -> list[str]:
@@ -37,8 +38,9 @@ def score_lines(scores: ScoreTable) -> list[str]:
     if any(cell.coverage is not None for row in by_method for cell in row.cells):
         lines.append("% of frames in which the estimator found something, true and generated")
     lines += [*_protocol_lines(scores), *_estimator_lines(scores)]
-    if SETTINGS[scores.setting]:
-        lines.append(SETTINGS[scores.setting].format(motion=scores.motion))
+    is_catalog = scores.setting == "cross" and not scores.dataset_id
+    if setting := OF_A_CATALOG if is_catalog else SETTINGS[scores.setting]:
+        lines.append(setting.format(motion=scores.motion))
     things = counted(scores.setting, scores.num_videos)
     lines.append(f"{scores.num_videos} {things}; {scores.num_failures} failures")
     if scores.perceptual:

@@ -1,12 +1,14 @@
-"""A checkpoint on a split, or one folder of videos against another -> scores.
+"""A checkpoint on a split, a folder of videos against another, or a finished catalog -> scores.
 
 - One Ray stage whose item is a video: a clip, a pair of clips of two identities, a person's
-  held-out frames, or a pair of files. A scored one is in the journal at once; a rerun scores what
-  is missing. The table of scores is written last.
+  held-out frames, a pair of files, or a catalog's result. A scored one is in the journal at once;
+  a rerun scores what is missing. The table of scores is written last.
 - Two folders are matched by their videos' names without suffix, and their frames by number,
   whatever their rates: the same frames are often stored at another. Frame 0 of a true video counts
   as its source, as in reconstruction. Frame counts must agree: scores of videos that are out of
   step would say nothing.
+- A catalog's results are scored as they are stored, beside the driving frames that the model saw:
+  see `tasks.score_catalog`.
 - Beside the model stand a copy of the source, and the codec alone: the true frames after the
   encoder that results are stored with. With another identity's motion there are no true frames,
   and the driving video stands there in their place; frames that are held out do not follow one
@@ -74,8 +76,11 @@ def plan(job: EvaluateJob) -> list[str]:
     """
     planned = score_plan(job)
     names = ", ".join(metric.name for metric in planned.metrics)
+    what = _WHAT[planned.setting]
+    if job.catalog is not None:
+        what = f"results of a catalog, {planned.motion} motion,"
     return [
-        f"{len(planned.clips)} {_WHAT[planned.setting]} by {names}",
+        f"{len(planned.clips)} {what} by {names}",
         *(f"cannot be done: {f.item}: {f.code}: {f.cause}" for f in planned.failures),
     ]
 

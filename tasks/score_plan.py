@@ -1,4 +1,5 @@
-"""What an evaluation is to score: clips of a dataset, pairs and people of it, or pairs of videos.
+"""What an evaluation is to score: clips of a dataset, pairs and people of it, pairs of videos, or
+a catalog's results.
 
 All of it is settled before a worker starts, and what cannot be measured is refused here.
 """
@@ -7,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -43,6 +44,7 @@ from tasks import storage, weights
 from tasks.catalog import failure_of
 from tasks.dataset import open_identified_dataset
 from tasks.inputs import ID_LENGTH, content_digest, local_media
+from tasks.score_catalog import Animation, finished_catalog
 from tasks.storage import absolute
 
 STAGE: Final = "evaluate"
@@ -81,7 +83,7 @@ class HeldOutFrames:
     person: HeldOut
 
 
-Scored = ClipRecord | VideoPair | CrossPair | HeldOutFrames
+Scored = ClipRecord | VideoPair | CrossPair | HeldOutFrames | Animation
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,16 +148,15 @@ def score_plan(job: EvaluateJob) -> ScorePlan:
     Raises:
         ConfigError: there is nothing to score, a metric means nothing in the setting or takes more
             videos than there are, an estimator's weights are not here, or the system lacks the
-            motion.
+            motion; see `finished_catalog`, too.
         CheckpointError: the weights cannot be read, or draw another size than the clips'.
-        DatasetError: there is no dataset, or it lacks clips of the split.
+        DatasetError: there is no dataset, or it lacks clips of the split; or there is no catalog.
         StorageError: a store denies or does not answer.
     """
     refuse_unfit(job.metrics, job.setting.kind)
     protocol = protocol_of(job)
     sets = tuple(build_set_metrics(job.metrics))
     metrics = infos_of(build_metrics(frame_metrics(job.metrics)), sets, protocol)
-    cross = job.setting.kind == "cross"
     planned = ScorePlan(
         clips=(),
         failures=(),
@@ -163,12 +164,18 @@ def score_plan(job: EvaluateJob) -> ScorePlan:
         set_metrics=sets,
         average=job.protocol.average,
         setting=job.setting.kind,
-        motion=job.setting.motion if cross else "absolute",
+        motion=job.setting.motion or "absolute",
     )
-    planned = _of_videos(job, planned) if job.checkpoint is None else _of_model(job, planned)
+    planned = _planner(job)(job, planned)
     for metric in sets:
         refuse_few(metric, len(planned.clips))
     return planned
+
+
+def _planner(job: EvaluateJob) -> Callable[[EvaluateJob, ScorePlan], ScorePlan]:
+    if job.catalog is not None:
+        return _of_catalog
+    return _of_videos if job.checkpoint is None else _of_model
 
 
 def frame_metrics(names: Sequence[str]) -> tuple[str, ...]:
@@ -263,9 +270,10 @@ def _pairs(
             failures.append(failure_of(pair.subject, STAGE, pair))
             continue
         source, driving = pair
-        clip_id = digest([source.clip_id, driving.clip_id, setting.motion])[:ID_LENGTH]
+        motion: Motion = setting.motion or "absolute"
+        clip_id = digest([source.clip_id, driving.clip_id, motion])[:ID_LENGTH]
         name = f"{source.name} by {driving.name}"
-        pairs.append(CrossPair(clip_id, name, source, driving, setting.motion))
+        pairs.append(CrossPair(clip_id, name, source, driving, motion))
     if pairs:
         return pairs
     if setting.pairs is not None:
@@ -329,6 +337,21 @@ def _clips_of(item: Scored) -> Sequence[ClipRecord]:
     if isinstance(item, HeldOutFrames):
         return item.person.source, *(clip for clip, _ in item.person.frames)
     return [item] if isinstance(item, ClipRecord) else []
+
+
+# --- a finished catalog ----------------------------------------------------------------------
+
+
+def _of_catalog(job: EvaluateJob, planned: ScorePlan) -> ScorePlan:
+    """A catalog's results, and failures of those that it lacks or that cannot be scored."""
+    found = finished_catalog(job, stage=STAGE)
+    return dataclasses.replace(
+        planned,
+        clips=found.animations,
+        failures=found.failures,
+        motion=found.motion,
+        weights_sha256=found.weights_sha256,
+    )
 
 
 # --- two folders of videos -------------------------------------------------------------------

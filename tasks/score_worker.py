@@ -33,8 +33,10 @@ from kpmask.records import ClipRecord, ClipScores, FrameScores, MetricInfo
 from kpmask.report import GalleryMedia
 from tasks import storage, weights
 from tasks.cluster import Worker
+from tasks.deliver import open_driving
 from tasks.inputs import local_media
 from tasks.manifest import write_table
+from tasks.score_catalog import Animation, Reading, animated_image, checked_result, original
 from tasks.score_plan import (
     MEDIA,
     CrossPair,
@@ -69,6 +71,7 @@ class ScoreSettings:
     out: str
     checkpoint: str
     data: str
+    catalog: str
     device: str
     batch_size: int
     metrics: tuple[MetricName, ...]
@@ -83,6 +86,7 @@ class ScoreSettings:
             out=absolute(job.out),
             checkpoint=weights.reference(job.checkpoint) if job.checkpoint else "",
             data=absolute(job.data) if job.data else "",
+            catalog=absolute(job.catalog) if job.catalog else "",
             device=job.device,
             batch_size=job.batch_size,
             metrics=job.metrics,
@@ -99,6 +103,8 @@ class ScoreSettings:
 
 def worker_of(job: EvaluateJob) -> type[Worker[ScoreItem, ClipScores]]:
     """What scores a job's items."""
+    if job.catalog is not None:
+        return CatalogWorker
     return PairWorker if job.checkpoint is None else ClipWorker
 
 
@@ -184,26 +190,74 @@ class PairWorker:
         with local_media(clip.generated) as generated, local_media(clip.reference) as reference:
             fps = probe(reference, limits).fps
             pairs = _paired(
-                decode.frames(generated, limits),
-                decode.frames(reference, limits),
+                _frames(generated, limits),
+                _frames(reference, limits),
                 batch_size=self._settings.batch_size,
                 name=clip.name,
                 device=self._device,
             )
-            true = (frame.rgb_HWC for frame in decode.frames(reference, limits))
-            with through_codec(true, fps=fps) as codec:
+            with through_codec(_frames(reference, limits), fps=fps) as codec:
                 return self._scorer.score(item, pairs, fps=fps, codec=codec)
 
 
+class CatalogWorker:
+    """Scores a catalog's results beside the driving frames that the model saw."""
+
+    def __init__(self, settings: ScoreSettings) -> None:
+        self._settings = settings
+        self._reading = Reading(settings.limits)
+        self._store = storage.open_store(settings.catalog)
+        self._device = choose_device(settings.device)
+        self._scorer = _Scorer(settings)
+
+    def process(self, item: ScoreItem) -> ClipScores:
+        """Score one result.
+
+        Raises:
+            ItemError: a file is gone, has changed or cannot be read to its end, or the result has
+                another length than its driving video.
+        """
+        clip, reading = item.clip, self._reading
+        assert isinstance(clip, Animation)
+        made = clip.item
+        result = checked_result(self._store, clip)
+        side_px = probe(result, reading.limits).width_px
+        with (
+            original(made.source, made.source_sha256) as source,
+            original(made.driving, made.driving_sha256) as driving_path,
+        ):
+            source_HWC = animated_image(source, made, reading, side_px=side_px)
+            driving = open_driving(driving_path, reading, made, side_px=side_px)
+            pairs = _paired(
+                _frames(result, reading.limits),
+                iter(driving),
+                batch_size=self._settings.batch_size,
+                name=clip.name,
+                device=self._device,
+                other="driving",
+            )
+            return self._scorer.score(
+                item, pairs, fps=driving.fps, source_HWC=source_HWC, also_driving=True
+            )
+
+
+def _frames(path: Path, limits: MediaLimits) -> Iterator[Frame]:
+    return (frame.rgb_HWC for frame in decode.frames(path, limits))
+
+
 def _paired(
-    generated: Iterator[decode.Frame],
-    reference: Iterator[decode.Frame],
+    generated: Iterator[Frame],
+    reference: Iterator[Frame],
     *,
     batch_size: int,
     name: str,
     device: torch.device,
+    other: str = "true",
 ) -> Iterator[FramePair]:
     """Frames of two videos side by side: by their numbers, whatever their times.
+
+    Args:
+        other: what `reference` is called.
 
     Raises:
         MediaError: inconsistent_frames, when the videos differ in size or length.
@@ -211,11 +265,11 @@ def _paired(
     both = itertools.zip_longest(generated, reference)
     while chunk := list(itertools.islice(both, batch_size)):
         if any(frame is None for frames in chunk for frame in frames):
-            longer = "true" if chunk[-1][0] is None else "generated"
+            longer = other if chunk[-1][0] is None else "generated"
             raise MediaError(
                 f"the {longer} video has more frames", subject=name, code="inconsistent_frames"
             )
-        mine, true = ([frame.rgb_HWC for frame in column] for column in zip(*chunk, strict=True))
+        mine, true = zip(*chunk, strict=True)
         if mine[0].shape != true[0].shape:
             sizes = " and ".join(
                 f"{image.shape[1]}x{image.shape[0]}" for image in (mine[0], true[0])

@@ -267,6 +267,15 @@ def _references(table: ScoreTable) -> str:
 
 def _lead(table: ScoreTable) -> str:
     """What was drawn from what, in words."""
+    if table.setting == "cross" and not table.dataset_id:
+        motion = "into the poses" if table.motion == "absolute" else "by the motion"
+        return (
+            f"A finished catalog, as its results are stored: each image was moved {motion} of its "
+            "driving video. There is no true result: metrics compare with the driving frames that "
+            "the model saw, and those of identities with the image. A copy of the image is the "
+            "right subject and never moves, the driving video itself moves rightly and is another: "
+            "a model should be neither."
+        )
     if not table.dataset_id:
         return (
             "Videos that were made before, each compared frame by frame with the true one of the "
