@@ -8,15 +8,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
@@ -49,16 +47,11 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, slots=True)
 class CatalogPlan:
-    """What is to be made: the items of `book`, which is open for as long as the plan is.
+    """What is to be made: the items of `book`, which is open for as long as the plan is."""
 
-    `items` (by driving video, then source) and `failures` are of `plan_catalog` only.
-    """
-
-    book: CatalogBook = field(compare=False)
+    book: CatalogBook
     weights_sha256: str
     settings_digest: str
-    items: tuple[AnimationItem, ...] = ()
-    failures: tuple[Failure, ...] = ()
 
 
 @contextmanager
@@ -87,19 +80,6 @@ def planned_catalog(job: AnimateJob, folder: Path) -> Iterator[CatalogPlan]:
             functools.partial(feature_ids, settings=settings),
         )
         yield CatalogPlan(book, weights_sha256, settings)
-
-
-def plan_catalog(job: AnimateJob) -> CatalogPlan:
-    """`planned_catalog` with all of it in memory; raises as it does."""
-    with (
-        tempfile.TemporaryDirectory(prefix="kpmask-") as folder,
-        planned_catalog(job, Path(folder)) as plan,
-    ):
-        items = sorted(
-            plan.book.items(), key=lambda i: (i.driving_sha256, i.source_sha256, i.item_id)
-        )
-        failures = tuple(plan.book.failures())
-        return dataclasses.replace(plan, items=tuple(items), failures=failures)
 
 
 def settings_digest(job: AnimateJob, weights_sha256: str) -> str:

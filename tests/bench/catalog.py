@@ -56,7 +56,7 @@ from kpmask.media import formats, images
 from kpmask.media.encode import encode
 from kpmask.models import build_system
 from kpmask.records import AnimationRecord, Failure, FeatureRecord
-from tasks.catalog import CatalogPlan, plan_catalog, planned_catalog
+from tasks.catalog import CatalogPlan, planned_catalog
 from tasks.catalog_work import CatalogWork
 from tasks.cluster import PENDING, Outcome, Pending, ray_session, run_bundles
 from tasks.deliver import open_driving
@@ -76,6 +76,7 @@ from tasks.storage import LocalStore, open_store
 from tests.bench import rehearsal
 from tests.bench.processes import Clock, Cost
 from tests.bench.rehearsal import WARM
+from tests.support.catalogs import whole_plan
 
 ALONE, ONE_PROCESS, CATALOG, SPLIT_MS = "alone", "in one process", "catalog", "split"
 WAYS: Final = (ALONE, ONE_PROCESS, CATALOG)
@@ -135,7 +136,7 @@ def _rehearse(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     few = job_of(folder, min(options.images, 20), min(options.videos, 10), media_workers=0)
     with Aside() as aside:
         cost, split_ms = aside.ask(ONE_PROCESS, few), aside.ask(SPLIT_MS, few)
-    cpu_ms = 1000 * cost.cpu_s / len(plan_catalog(few).items)
+    cpu_ms = 1000 * cost.cpu_s / len(whole_plan(few).items)
     report = {"one_process_cpu_ms": cpu_ms, "split_ms": split_ms}
     report |= rehearsal.rehearse(
         folder,
@@ -299,7 +300,7 @@ def _is_warm(work: Work) -> bool:
 def _warm_up(job: AnimateJob) -> Sequence[Any]:
     folder = Path(job.checkpoint).parent
     pair = {"sources": str(folder / f"{WARM}.png"), "drivings": str(folder / f"{WARM}.mp4")}
-    return plan_catalog(job.model_copy(update={"catalog": None, **pair})).items
+    return whole_plan(job.model_copy(update={"catalog": None, **pair})).items
 
 
 def _in_one_process(
@@ -333,7 +334,7 @@ class _Alone:
         self._animator = Animator.load(Path(job.checkpoint), device=job.device)
         self._batch_size = job.batch_size
         self._settings = WorkerSettings.of(job)
-        self._items = plan_catalog(job).items
+        self._items = whole_plan(job).items
         self._sources = {item.source: self._source(item) for item in self._items}
         self._drivings = {item.driving: self._driving(item) for item in self._items}
         self._draw(self._items[0])
@@ -412,7 +413,7 @@ def _split(job: AnimateJob) -> dict[str, float]:
             yield from (Outcome(item, made, None) for item, made in zip(bundle, found, strict=True))
 
     _catalog_cost(job, timed)
-    num_items = len(plan_catalog(job).items)
+    num_items = len(whole_plan(job).items)
     return {name: 1000 * spent_s / num_items for name, spent_s in times_s.items()}
 
 

@@ -33,7 +33,6 @@ from kpmask.model_config import Hourglass, KeypointDetector, KeypointMaskModel, 
 from kpmask.models import build_system
 from kpmask.records import AnimationRecord, Failure, FeatureRecord, Progress, from_table
 from tasks.animate import _fitting, animate_catalog, animate_pair, plan
-from tasks.catalog import plan_catalog
 from tasks.cluster import with_gpus
 from tasks.globs import matching
 from tasks.inputs import content_digest
@@ -41,7 +40,7 @@ from tasks.parts import read_parts
 from tasks.render import JOURNAL, ModelWorker, RenderItem, WorkerSettings, features_of
 from tasks.storage import ObjectStore, open_store
 from tests.support import signers
-from tests.support.catalogs import inline_catalogs
+from tests.support.catalogs import inline_catalogs, whole_plan
 
 SIDE_PX = 32
 LIMITS = MediaLimits(min_side_px=16)
@@ -418,7 +417,7 @@ def test_somebodys_own_certificate(media: Path, tmp_path: Path) -> None:
     )
     grid = {"sources": f"{media}/face0.png", "drivings": f"{media}/jump.mp4"}
     ids = {
-        plan_catalog(job_of(media, tmp_path, **grid, credentials=given)).items[0].item_id
+        whole_plan(job_of(media, tmp_path, **grid, credentials=given)).items[0].item_id
         for given in (own, own, Credentials(), Credentials(enabled=False))
     }
     assert len(ids) == 3
@@ -602,7 +601,7 @@ def test_rendering_encodes_nothing_again(
         batch_size=3,
         media_workers=MediaWorkers(per_worker=0),
     )
-    planned = plan_catalog(job)
+    planned = whole_plan(job)
     settings, settings_digest = WorkerSettings.of(job), planned.settings_digest
     monkeypatch.setattr("tasks.render.FRAMES_PER_PART", 8)
     counted: Counter[str] = Counter()
@@ -650,9 +649,7 @@ def test_ids_follow_content_and_wishes(media: Path, tmp_path: Path) -> None:
 
     def item_id(**changed: Any) -> str:
         return (
-            plan_catalog(job_of(media, tmp_path, **({"catalog": catalog} | changed)))
-            .items[0]
-            .item_id
+            whole_plan(job_of(media, tmp_path, **({"catalog": catalog} | changed))).items[0].item_id
         )
 
     plain = item_id()
@@ -674,7 +671,7 @@ def test_ids_follow_content_and_wishes(media: Path, tmp_path: Path) -> None:
 
 def test_items_of_a_driving_video_stay_together(media: Path, tmp_path: Path) -> None:
     job = job_of(media, tmp_path, sources=str(media), drivings=f"{media}/*.mp4")
-    drivings = [item.driving for item in plan_catalog(job).items]
+    drivings = [item.driving for item in whole_plan(job).items]
     changes = sum(a != b for a, b in itertools.pairwise(drivings))
     assert changes == len(set(drivings)) - 1
 
@@ -693,11 +690,11 @@ def test_a_row_with_motion_that_the_model_lacks_fails_alone(media: Path, tmp_pat
     weights = save_weights(tmp_path / "h.safetensors", mask="heatmap")
     text = "source,driving,name,motion\nface0.png,walk.mp4,a,\nface0.png,walk.mp4,b,relative\n"
     catalog = write_catalog(media, "m.csv", text)
-    planned = plan_catalog(job_of(media, tmp_path, checkpoint=str(weights), catalog=catalog))
+    planned = whole_plan(job_of(media, tmp_path, checkpoint=str(weights), catalog=catalog))
     assert [item.name for item in planned.items] == ["a"]
     assert [(f.item, f.code) for f in planned.failures] == [("b", "bad_row")]
     with pytest.raises(ConfigError, match="supports absolute"):
-        plan_catalog(
+        whole_plan(
             job_of(media, tmp_path, checkpoint=str(weights), catalog=catalog, motion="relative")
         )
 
@@ -712,7 +709,7 @@ def test_what_is_wrong_with_the_command_is_said_before_anything_runs(
         with pytest.raises(ConfigError, match="no such catalog"):
             animate_catalog(job_of(media, tmp_path, catalog=catalog))
     with pytest.raises(ConfigError, match="best_frame"):
-        plan_catalog(
+        whole_plan(
             job_of(media, tmp_path, sources=str(media), drivings=str(media), best_frame=True)
         )
 

@@ -30,7 +30,6 @@ from kpmask.model_config import Hourglass, KeypointDetector, KeypointMaskModel, 
 from kpmask.models import build_system
 from kpmask.records import AnimationRecord, Failure, FeatureRecord, from_table
 from tasks.animate import animate_catalog
-from tasks.catalog import plan_catalog
 from tasks.media_worker import LocalMedia
 from tasks.parts import read_parts
 from tasks.render import (
@@ -44,7 +43,7 @@ from tasks.render import (
     record_key,
 )
 from tasks.storage import LocalStore, open_store
-from tests.support.catalogs import inline_catalogs
+from tests.support.catalogs import inline_catalogs, whole_plan
 from tests.support.chaos import Chaos, ended, kill_driver
 from tests.support.ray_nodes import kill_node, ray_nodes
 from tests.support.weed import BUCKET, Weed, find_weed
@@ -347,7 +346,7 @@ def test_states_that_were_stored_are_kept_when_the_store_goes_away(
 ) -> None:
     """The worker tells of each; and one that could not tell any more has made it all the same."""
     job = job_of(media, tmp_path / "out", media_workers=MediaWorkers(per_worker=0))
-    planned = plan_catalog(job)
+    planned = whole_plan(job)
     sources = [features_of(item, planned.settings_digest)[0] for item in planned.items]
     items = list({item.feature_id: item for item in sources}.values())
     assert len(items) == NUM_IMAGES
@@ -382,7 +381,7 @@ def test_results_of_a_media_worker_that_died_are_noted_all_the_same(
         drivings=f"{media}/walk0.mp4",
         media_workers=MediaWorkers(per_worker=0),
     )
-    planned = plan_catalog(job)
+    planned = whole_plan(job)
     worker = ModelWorker(WorkerSettings.of(job))
     pairs = [features_of(item, planned.settings_digest) for item in planned.items]
     (driving,) = worker.process([pairs[0][1]])

@@ -26,8 +26,7 @@ from kpmask.model_config import Hourglass, KeypointDetector, KeypointMaskModel, 
 from kpmask.models import build_system
 from kpmask.records import AnimationRecord, Failure, from_table
 from tasks.animate import animate_catalog, animate_pair, item_media
-from tasks.catalog import plan_catalog
-from tests.support.catalogs import inline_catalogs
+from tests.support.catalogs import inline_catalogs, whole_plan
 
 SIDE_PX = 32
 LIMITS = MediaLimits(min_side_px=16)
@@ -356,7 +355,7 @@ def test_ids_follow_what_is_delivered(media: Path, tmp_path: Path) -> None:
             drivings=str(media / "walk.mp4"),
             output=Output(**output),
         )
-        return plan_catalog(job).items[0].item_id
+        return whole_plan(job).items[0].item_id
 
     plain = item_id()
     assert item_id(format="mp4") == plain

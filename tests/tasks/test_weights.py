@@ -21,12 +21,12 @@ from kpmask.model_config import Hourglass, KeypointDetector, KeypointMaskModel, 
 from kpmask.models import build_system
 from tasks import release as made
 from tasks.animate import animate_catalog, animate_pair
-from tasks.catalog import plan_catalog
 from tasks.evaluate import ScoreSettings
 from tasks.release import release
 from tasks.render import WorkerSettings
 from tasks.storage import open_store
 from tasks.weights import local_weights, reference
+from tests.support.catalogs import whole_plan
 
 MODEL = KeypointMaskModel(
     image_size_px=32,
@@ -90,8 +90,8 @@ def test_a_catalog_by_name_is_the_catalog_by_path(
     bundle: Path, media: Path, ray_cluster: None, s3: str
 ) -> None:
     path = str(bundle / "small.safetensors")
-    by_name = plan_catalog(job_of(media, s3))
-    assert by_name == plan_catalog(job_of(media, s3, checkpoint=path))
+    by_name = whole_plan(job_of(media, s3))
+    assert by_name == whole_plan(job_of(media, s3, checkpoint=path))
     manifest = animate_catalog(job_of(media, f"{s3}/out"))
     assert (manifest.num_items, manifest.num_failures) == (1, 0)
     assert manifest.weights_sha256 == bundled.entries()["small"].sha256
@@ -129,10 +129,10 @@ def test_references(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("absent", ["absent.safetensors", "./small"])
 def test_a_missing_file_tells_the_names(bundle: Path, media: Path, absent: str) -> None:
     with pytest.raises(StorageError, match="bundled weights: small") as caught:
-        plan_catalog(job_of(media, "o", checkpoint=absent))
+        whole_plan(job_of(media, "o", checkpoint=absent))
     assert caught.value.code == "not_found"
     with pytest.raises(CheckpointError, match="bundled weights: small"):
-        plan_catalog(job_of(media, "o", checkpoint="absent"))
+        whole_plan(job_of(media, "o", checkpoint="absent"))
 
 
 # --- made ------------------------------------------------------------------------------------
