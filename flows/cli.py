@@ -392,8 +392,9 @@ def evaluate(
 ) -> None:
     """Score a checkpoint on a test split, a folder of videos against another, or a catalog.
 
-    Two folders' videos are matched by name, and their frames by number, whatever their rates. A
-    catalog's results are compared with its images and driving videos, as in the setting cross.
+    Two folders' videos are matched by name, and their frames by number, whatever their rates.
+
+    A catalog's results are compared with its images and driving videos, as in the setting cross.
 
     Examples:
 

@@ -87,6 +87,7 @@ def test_commands_leave_what_the_readme_says(tour: Path) -> None:
         "tour/grid/manifest.parquet",
         "tour/scores/scores.parquet",
         "tour/few/frames.parquet",
+        "tour/catalog-scores/scores.parquet",
         "tour/compared/comparison.json",
         "tour/study/public/index.html",
         "tour/study-scores/summary.json",
