@@ -26,7 +26,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from kpmask.config import Perceptual
 from kpmask.errors import CheckpointError
 from kpmask.pretrained import PublishedFile, cache_folder, fetch
-from kpmask.torch_files import read_torch_file
+from kpmask.torch_files import read_torch_file, tensors_of
 
 VGG19_FILE = PublishedFile(
     url="https://download.pytorch.org/models/vgg19-dcbb9e9d.pth",
@@ -305,12 +305,7 @@ def _lite0_path() -> Path:
 
 
 def _read_tensors(path: Path) -> Mapping[str, Tensor]:
-    tensors = read_torch_file(path)
-    if not isinstance(tensors, Mapping) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in tensors.items()
-    ):
-        raise CheckpointError("not a dictionary of tensors", subject=str(path))
-    return tensors
+    return tensors_of(read_torch_file(path), path)
 
 
 def _loaded(

@@ -26,7 +26,7 @@ from kpmask.model_config import AnyModel, FommModel, KeypointMaskModel, RefinedM
 from kpmask.models import build_system
 from kpmask.models.base import AnimationSystem
 from kpmask.models.layers import DownBlock
-from kpmask.torch_files import read_torch_file
+from kpmask.torch_files import read_torch_file, tensors_of
 from kpmask.upstream_yaml import merge, read_yaml
 
 Tensors = Mapping[str, Tensor]
@@ -222,11 +222,8 @@ def _sections(path: Path) -> dict[str, Tensors]:
 
 
 def _tensors(section: object, name: str, path: Path) -> Tensors:
-    if not isinstance(section, Mapping) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in section.items()
-    ):
-        raise CheckpointError(f"{name} is not a dictionary of tensors", subject=str(path))
-    return {key.removeprefix("module."): value for key, value in section.items()}
+    found = tensors_of(section, path, what=name)
+    return {key.removeprefix("module."): value for key, value in found.items()}
 
 
 def _system_of(tensors: Tensors, src: Path) -> str:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kpmask.errors import CheckpointError
-from kpmask.torch_files import read_torch_file
+from kpmask.torch_files import read_torch_file, tensors_of
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -45,7 +45,8 @@ def load_weights(
             DataParallel puts there.
 
     Raises:
-        CheckpointError: it cannot be read, or is not of this network; it says which keys.
+        CheckpointError: it cannot be read, is not of this network, or holds what is no number; it
+            says which keys.
     """
     tensors = {
         key: value
@@ -63,15 +64,14 @@ def load_weights(
             raise CheckpointError(
                 f"{key} is {list(tensors[key].shape)}, not {list(value.shape)}", subject=str(path)
             )
+        if not torch.isfinite(tensors[key]).all():
+            # It would find nothing in any frame, and say nothing of why.
+            raise CheckpointError(f"{key} has values that are no numbers", subject=str(path))
     network.load_state_dict(tensors, strict=False)  # the counters are not in it
 
 
 def _tensors(path: Path, prefix: str) -> Mapping[str, Tensor]:
-    found = _read(path)
-    if not isinstance(found, Mapping) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()
-    ):
-        raise CheckpointError("not a dictionary of tensors", subject=str(path))
+    found = tensors_of(_read(path), path)
     return {k.removeprefix("module.").removeprefix(prefix): v for k, v in found.items()}
 
 

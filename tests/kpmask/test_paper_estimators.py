@@ -168,6 +168,10 @@ def test_weights_are_read_strictly_and_with_the_ports_prefixes(tmp_path: Path) -
         load_weights(ResNet50((1, 1, 1, 1)), tmp_path / "c", **options)
     with pytest.raises(CheckpointError, match=r"has an unexpected .*classifier"):
         load_weights(ResNet50((1, 1, 1, 1)), tmp_path / "a", prefix="model.")
+    state["module.model.layer3.0.conv2.weight"] = torch.full((256, 256, 3, 3), torch.nan)
+    torch.save(state, tmp_path / "c")
+    with pytest.raises(CheckpointError, match=r"layer3\.0\.conv2\.weight has values that are no"):
+        load_weights(ResNet50((1, 1, 1, 1)), tmp_path / "c", **options)
     (tmp_path / "d").write_bytes(b"\x08\0\0\0\0\0\0\0{broken")
     with pytest.raises(CheckpointError, match="not a file of safetensors"):
         load_weights(ResNet50((1, 1, 1, 1)), tmp_path / "d")
