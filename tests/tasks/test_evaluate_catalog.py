@@ -47,6 +47,7 @@ from tasks.score_worker import media_of
 from tasks.storage import open_store
 from tests.support import estimators
 from tests.support.catalogs import inline_catalogs
+from tests.support.estimator_weights import need_weights
 from tests.support.evaluations import LIMITS, MODEL, SIDE_PX, job_of, some_frames, write_weights
 from tests.support.inline import inline_evaluation, run_inline
 
@@ -57,8 +58,10 @@ HEADER = "source,driving,name,motion,adapt_scale,driving_crop,fps,format,paste_b
 
 
 @pytest.fixture(autouse=True)
-def _here(monkeypatch: pytest.MonkeyPatch) -> None:
+def _here(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     inline_catalogs(monkeypatch)
+    if "ray_cluster" in request.fixturenames:
+        return  # whose processes have none of this
     inline_evaluation(monkeypatch)
     estimators.use(monkeypatch)
 
@@ -196,7 +199,7 @@ def test_scores_are_those_of_the_decoded_files(media: Path, tmp_path: Path) -> N
 def test_the_page_shows_the_image_the_driving_video_and_the_result(
     media: Path, tmp_path: Path
 ) -> None:
-    catalog = animated(media, tmp_path / "made", "square.png,film.mp4,one,,,,,,,\n")
+    catalog = animated(media, tmp_path / "made", "square.png,film.mp4,one,,,,,,,\n", audio=True)
     before = {path: path.read_bytes() for path in catalog.rglob("*") if path.is_file()}
     out = catalog / "scores"  # beside what they are of
     table, found = scored(scores_job(catalog, out))
@@ -250,7 +253,7 @@ def test_results_of_two_motions_are_not_in_one_table(media: Path, tmp_path: Path
         "tall.png,walk,into,absolute,,,,,,\ntall.png,walk,by,relative,,,,,,\n"
         "square.png,walk,scaled,relative,true,,,,,\n"
     )
-    catalog = animated(media, tmp_path / "made", rows)
+    catalog = animated(media, tmp_path / "made", rows, best_frame=True)
     with pytest.raises(ConfigError, match="both motions") as both:
         plan(scores_job(catalog, tmp_path / "out"))
     assert both.value.subject == "setting.motion"
@@ -431,6 +434,17 @@ def test_only_new_results_are_scored(media: Path, tmp_path: Path, looked_at: lis
         table = evaluate(scores_job(catalog, tmp_path / "out"))
         assert looked_at == [new]
     assert table.num_videos == 2
+
+
+def test_workers_have_all_that_they_need(ray_cluster: None, made: Path, tmp_path: Path) -> None:
+    need_weights("sface")
+    cluster = Cluster(num_workers=2)
+    job = scores_job(
+        made / "signed", tmp_path / "out", metrics=("coverage_source_sface",), cluster=cluster
+    )
+    table, found = scored(job)
+    assert (table.num_videos, table.num_failures) == (3, 0)
+    assert {name for name, _, _ in found} == {f"{image}-{video}" for image, video in PAIRS}
 
 
 def test_all_of_it_in_object_storage(s3: str, media: Path, tmp_path: Path) -> None:
