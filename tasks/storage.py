@@ -275,7 +275,7 @@ class LocalStore:
         path = self.root / folder
         try:
             status = path.stat()
-            entries = [e for e in os.scandir(path) if e.name.startswith(start)]
+            entries = [e for e in os.scandir(path) if e.name.startswith(start) and not _endless(e)]
         except FileNotFoundError:
             return
         except NotADirectoryError:
@@ -341,6 +341,17 @@ def _linked(temporary: Path, path: Path) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def _endless(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a symbolic link that leads to itself, and so to nothing."""
+    try:
+        entry.is_dir()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return True
+    return False
 
 
 def listable(key: str, uri: str) -> bool:

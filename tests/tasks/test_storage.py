@@ -335,6 +335,7 @@ def test_links_are_followed_and_loops_end(tmp_path):
     (root / "linked").symlink_to(tmp_path / "elsewhere")
     (root / "linked.mp4").symlink_to(tmp_path / "elsewhere" / "video.mp4")
     (root / "broken").symlink_to(tmp_path / "nothing")
+    (root / "endless.mp4").symlink_to("endless.mp4")
     (tmp_path / "elsewhere" / "loop").symlink_to(root)
     keys = [info.key for info in open_store(str(root)).list()]
     assert keys == ["linked.mp4", "linked/video.mp4"]
