@@ -215,11 +215,11 @@ def _table(
     table_rows = []
     for row in rows:
         values = {value.metric: value for value in row.values}
-        place = (row.system, row.variant, row.protocol)
-        cells = [
-            Cell(values.get(info.name), best[info.name] == place, _coverage(info, row))
-            for info in metrics
-        ]
+        cells = []
+        for info in metrics:
+            value = values.get(info.name)
+            is_best = bool(row.system) and value is not None and value.mean == best[info.name]
+            cells.append(Cell(value, is_best, _coverage(info, row)))
         first = runs[row.system][0] if row.system else None
         table_rows.append(TableRow(label(row), row, cells, first))
     return Table(name, title, note, metrics, table_rows)
@@ -230,22 +230,16 @@ def _coverage(info: MetricInfo, row: ComparedRow) -> float | None:
     return means.get(info.coverage) if info.coverage else None
 
 
-def _best(info: MetricInfo, rows: Sequence[ComparedRow]) -> tuple[str, str, str] | None:
-    """Which system's row has the best mean, of means that compare."""
+def _best(info: MetricInfo, rows: Sequence[ComparedRow]) -> float | None:
+    """The best mean of a system, of means that compare; None where all are equal."""
     rivals = [row for row in rows if row.system and info.name in {v.metric for v in row.values}]
     alike = covered_alike([_coverage(info, row) for row in rivals])
     if info.name.endswith(FOUND) and not alike:
         return None
-    means = {
-        (row.system, row.variant, row.protocol): value.mean
-        for row in rows
-        for value in row.values
-        if value.metric == info.name and row.system
-    }
+    means = {v.mean for row in rivals for v in row.values if v.metric == info.name}
     if len(means) < 2:
         return None
-    choose = max if info.higher_is_better else min
-    return choose(means, key=lambda key: means[key])
+    return max(means) if info.higher_is_better else min(means)
 
 
 def _label(row: ComparedRow) -> str:

@@ -450,8 +450,23 @@ def test_values_that_leave_frames_out_are_best_only_where_as_much_was_found(
         assert all(row.cells[2].coverage is None for row in table.rows)
         return [[cell.best for cell in row.cells] for row in table.rows]
 
-    assert marks((0.98, 0.98)) == [[False, False, True], [True, True, False]]
+    assert marks((0.98, 0.98)) == [[False, False, False], [True, True, False]]
     assert marks((0.98, 0.5)) == [[False, False, True], [False, True, False]]
+
+
+def test_equal_means_are_best_alike_and_nothing_is_where_all_are(comparison: Comparison) -> None:
+    def marks(*means: float) -> list[bool]:
+        rows = tuple(
+            ComparedRow("reconstruction", f"system-{n}", "", "model", (value("l1", mean),))
+            for n, mean in enumerate(means)
+        )
+        runs = tuple(dataclasses.replace(comparison.runs[0], system=row.system) for row in rows)
+        (table,) = comparison_tables(dataclasses.replace(comparison, rows=rows, runs=runs))
+        return [row.cells[0].best for row in table.rows]
+
+    assert marks(0.2, 0.1, 0.1) == [False, True, True]
+    assert marks(0.1, 0.1) == [False, False]
+    assert marks(0.1) == [False]
 
 
 def test_page(comparison: Comparison) -> None:
