@@ -24,7 +24,7 @@ from kpmask.media import images
 from kpmask.media.encode import encode
 from kpmask.models import build_system
 from tests.bench.processes import MEDIA, MODEL, ROLES, Processes, all_stats, is_in_call, title
-from tests.support import big_catalog
+from tests.support.models import CIRCLES, SIDE_PX
 
 WARM: Final = "warm"  # names what is not of the catalog
 SAMPLE_S: Final = 2.0
@@ -89,8 +89,8 @@ def rehearse(
 def write_tiny(folder: Path, num_images: int, num_videos: int, num_frames: int) -> None:
     """Weights, and images and videos of their size."""
     torch.manual_seed(0)
-    checkpoint.save(folder / "w.safetensors", build_system(big_catalog.MODEL), {})
-    cell_px = big_catalog.MODEL.image_size_px // 4
+    checkpoint.save(folder / "w.safetensors", build_system(CIRCLES), {})
+    cell_px = SIDE_PX // 4
     drawn = np.random.default_rng(0)
 
     def squares(count: int) -> np.ndarray:

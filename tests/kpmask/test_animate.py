@@ -18,24 +18,12 @@ from kpmask.model_config import (
     DenseMotion,
     FommGenerator,
     FommModel,
-    Hourglass,
-    KeypointDetector,
-    KeypointMaskModel,
-    LowResolution,
 )
-from kpmask.models import build_system
+from tests.support.models import CIRCLES, DETECTOR, HEATMAP, SIDE_PX, lively_system
 
-SIDE_PX = 32
-DETECTOR = KeypointDetector(
-    block_expansion=4, num_blocks=2, max_features=8, num_keypoints=5, scale_factor=0.5
-)
 SYSTEMS = {
-    "heatmap": KeypointMaskModel(
-        image_size_px=SIDE_PX,
-        detector=DETECTOR,
-        low_resolution=LowResolution(scale_factor=0.5, block_expansion=4, num_bottleneck_blocks=1),
-        high_resolution=Hourglass(block_expansion=4, num_blocks=2, max_features=8),
-    ),
+    "heatmap": HEATMAP,
+    "circles": CIRCLES,
     "fomm": FommModel(
         image_size_px=SIDE_PX,
         detector=DETECTOR,
@@ -45,7 +33,6 @@ SYSTEMS = {
         ),
     ),
 }
-SYSTEMS["circles"] = SYSTEMS["heatmap"].model_copy(update={"mask": "circles"})
 RELATIVE = ["circles", "fomm"]
 TRANSFER = Transfer()
 
@@ -60,15 +47,11 @@ def _one_thread() -> Iterator[None]:
 
 def make_animator(name: str) -> Animator:
     """Random weights with statistics that are not the initial ones."""
-    torch.manual_seed(7)
-    system = build_system(SYSTEMS[name])
+    system = lively_system(SYSTEMS[name])
     for module in system.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.running_mean, -0.1, 0.1)
             torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
-    for parameter in system.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.1)
     return Animator(system, device="cpu")
 
 

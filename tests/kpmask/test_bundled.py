@@ -15,19 +15,11 @@ import pytest
 from kpmask import Animator, bundled, checkpoint
 from kpmask.config import load_preset
 from kpmask.errors import CheckpointError
-from kpmask.model_config import Hourglass, KeypointDetector, KeypointMaskModel, LowResolution
 from kpmask.models import build_system
+from tests.support.models import HEATMAP
 
 ROOT = Path(__file__).parents[2]
 PACKAGED = ROOT / "kpmask" / "weights"
-MODEL = KeypointMaskModel(
-    image_size_px=32,
-    detector=KeypointDetector(
-        block_expansion=4, num_blocks=2, max_features=8, num_keypoints=3, scale_factor=0.5
-    ),
-    low_resolution=LowResolution(scale_factor=0.5, block_expansion=4, num_bottleneck_blocks=1),
-    high_resolution=Hourglass(block_expansion=4, num_blocks=2, max_features=8),
-)
 
 
 @pytest.fixture
@@ -35,7 +27,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of bundled weights with one entry, in place of the package's."""
     place = tmp_path / "bundle"
     path = place / "small.safetensors"
-    checkpoint.save(path, build_system(MODEL), {"seed": 3, "phases": [{"name": "a", "steps": 5}]})
+    checkpoint.save(path, build_system(HEATMAP), {"seed": 3, "phases": [{"name": "a", "steps": 5}]})
     described = checkpoint.describe(path)
     bundled.enter(path, "small", described, command="make weights", scores={"l1": 0.25})
     monkeypatch.setenv(bundled.VARIABLE, str(place))

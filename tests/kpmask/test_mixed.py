@@ -12,7 +12,7 @@ from kpmask import mixed
 from kpmask.animate import Animator, Transfer
 from kpmask.config import TrainJob, resolve_job
 from kpmask.mixed import Strip
-from kpmask.models import build_system
+from tests.support.models import lively_system
 
 SYSTEMS = (
     *("heatmap", "circles", "refined", "fomm"),
@@ -24,11 +24,7 @@ RELATIVE = Transfer("relative", adapt_scale=True)
 def animator(name: str, precision: Any) -> Animator:
     flags = {"data": "data", "out": "out"}
     job = resolve_job(TrainJob, preset="debug", flags=flags, systems=[name])
-    torch.manual_seed(0)
-    system = build_system(job.phases[-1].model)
-    for parameter in system.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.1)
+    system = lively_system(job.phases[-1].model, seed=0)
     return Animator(system, device="cpu", precision=precision)
 
 

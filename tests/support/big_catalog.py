@@ -21,26 +21,17 @@ from kpmask.config import AnimateJob, Credentials, MediaLimits
 from kpmask.data.catalog import MAX_CELL_CHARS
 from kpmask.media import images
 from kpmask.media.encode import encode
-from kpmask.model_config import Hourglass, KeypointDetector, KeypointMaskModel, LowResolution
 from kpmask.models import build_system
 from kpmask.records import AnimationItem, AnimationRecord
 from tasks.catalog import CatalogPlan, planned_catalog
 from tasks.catalog_book import CatalogBook
 from tasks.storage import ObjectInfo
+from tests.support.models import CIRCLES
 from tests.support.peak import peak_bytes
 
 NUM_SOURCES = 8
 NUM_DRIVINGS = 4
 GOOD = {"name": "", "motion": "", "crop": ""}
-MODEL = KeypointMaskModel(
-    image_size_px=32,
-    mask="circles",
-    detector=KeypointDetector(
-        block_expansion=4, num_blocks=2, max_features=8, num_keypoints=5, scale_factor=0.5
-    ),
-    low_resolution=LowResolution(scale_factor=0.5, block_expansion=4, num_bottleneck_blocks=1),
-    high_resolution=Hourglass(block_expansion=4, num_blocks=2, max_features=8),
-)
 # What is wrong with a row, and with what code it fails.
 KINDS = (
     ("path_escape", lambda cells: cells | {"source": "../s0.png"}),
@@ -87,7 +78,7 @@ def write_table(path: Path, num_rows: int) -> None:
 
 def write_media(folder: Path) -> None:
     torch.manual_seed(0)
-    checkpoint.save(folder / "w.safetensors", build_system(MODEL), {})
+    checkpoint.save(folder / "w.safetensors", build_system(CIRCLES), {})
     noise = np.random.default_rng(0).integers(0, 255, (6, 32, 32, 3), np.uint8)
     for number in range(NUM_SOURCES):
         image = np.roll(noise[0], number, axis=0)

@@ -10,26 +10,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-import torch
 
-from kpmask import checkpoint
 from kpmask.config import Cluster, EvaluateJob, MediaLimits
 from kpmask.data.shards import ShardWriter
 from kpmask.media import images
-from kpmask.model_config import Hourglass, KeypointDetector, KeypointMaskModel, LowResolution
-from kpmask.models import build_system
 from kpmask.records import ClipRecord, to_table
+from tests.support.models import HEATMAP, SIDE_PX, save_weights
 
-SIDE_PX = 32
 LIMITS = MediaLimits(min_side_px=16)
-MODEL = KeypointMaskModel(
-    image_size_px=SIDE_PX,
-    detector=KeypointDetector(
-        block_expansion=4, num_blocks=2, max_features=8, num_keypoints=5, scale_factor=0.5
-    ),
-    low_resolution=LowResolution(scale_factor=0.5, block_expansion=4, num_bottleneck_blocks=1),
-    high_resolution=Hourglass(block_expansion=4, num_blocks=2, max_features=8),
-)
+MODEL = HEATMAP
 LENGTHS = {"test": (11, 5, 1), "train": (4,)}
 
 
@@ -95,12 +84,7 @@ def clip_record(clip_id: str, partition: Any, row: int, length: int, side_px: in
 
 def write_weights(path: Path, model: Any = MODEL, *, seed: int = 7) -> None:
     """Weights that move something: drawn at random."""
-    torch.manual_seed(seed)
-    system = build_system(model)
-    for parameter in system.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.1)
-    checkpoint.save(path, system, {"perceptual": "none"})
+    save_weights(path, model, seed=seed, info={"perceptual": "none"})
 
 
 def job_of(out: Path, **values: Any) -> EvaluateJob:

@@ -21,16 +21,13 @@ import imageio_ffmpeg
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 
-from kpmask import Animator, checkpoint, provenance
+from kpmask import Animator, provenance
 from kpmask.config import AnimateJob, Cluster, Credentials, MediaLimits, MediaWorkers, Output
 from kpmask.errors import ConfigError, MediaError, RunFailed, StorageError
 from kpmask.media import decode, images
 from kpmask.media.encode import encode
 from kpmask.media.probe import probe
-from kpmask.model_config import Hourglass, KeypointDetector, KeypointMaskModel, LowResolution
-from kpmask.models import build_system
 from kpmask.records import AnimationRecord, Failure, FeatureRecord, Progress, from_table
 from tasks.animate import _fitting, animate_catalog, animate_pair, plan
 from tasks.cluster import with_gpus
@@ -41,28 +38,9 @@ from tasks.render import JOURNAL, ModelWorker, RenderItem, WorkerSettings, featu
 from tasks.storage import ObjectStore, open_store
 from tests.support import signers
 from tests.support.catalogs import inline_catalogs, whole_plan
+from tests.support.models import HEATMAP, SIDE_PX, save_weights
 
-SIDE_PX = 32
 LIMITS = MediaLimits(min_side_px=16)
-MODEL = KeypointMaskModel(
-    image_size_px=SIDE_PX,
-    mask="circles",
-    detector=KeypointDetector(
-        block_expansion=4, num_blocks=2, max_features=8, num_keypoints=5, scale_factor=0.5
-    ),
-    low_resolution=LowResolution(scale_factor=0.5, block_expansion=4, num_bottleneck_blocks=1),
-    high_resolution=Hourglass(block_expansion=4, num_blocks=2, max_features=8),
-)
-
-
-def save_weights(path: Path, *, seed: int = 7, **changed: Any) -> Path:
-    torch.manual_seed(seed)
-    system = build_system(MODEL.model_copy(update=changed))
-    for parameter in system.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.1)
-    checkpoint.save(path, system, {})
-    return path
 
 
 def some_frames(count: int, *, seed: int = 0, size_px: tuple[int, int] = (48, 40)) -> np.ndarray:
@@ -687,7 +665,7 @@ def test_a_dry_run_writes_nothing(media: Path, tmp_path: Path) -> None:
 
 
 def test_a_row_with_motion_that_the_model_lacks_fails_alone(media: Path, tmp_path: Path) -> None:
-    weights = save_weights(tmp_path / "h.safetensors", mask="heatmap")
+    weights = save_weights(tmp_path / "h.safetensors", HEATMAP)
     text = "source,driving,name,motion\nface0.png,walk.mp4,a,\nface0.png,walk.mp4,b,relative\n"
     catalog = write_catalog(media, "m.csv", text)
     planned = whole_plan(job_of(media, tmp_path, checkpoint=str(weights), catalog=catalog))

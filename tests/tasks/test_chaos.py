@@ -19,15 +19,12 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 
-from kpmask import Animator, checkpoint
+from kpmask import Animator
 from kpmask.config import AnimateJob, Cluster, MediaLimits, MediaWorkers
 from kpmask.errors import StorageError, WorkerError
 from kpmask.media import decode, images
 from kpmask.media.encode import encode
-from kpmask.model_config import Hourglass, KeypointDetector, KeypointMaskModel, LowResolution
-from kpmask.models import build_system
 from kpmask.records import AnimationRecord, Failure, FeatureRecord, from_table
 from tasks.animate import animate_catalog
 from tasks.media_worker import LocalMedia
@@ -45,37 +42,23 @@ from tasks.render import (
 from tasks.storage import LocalStore, open_store
 from tests.support.catalogs import inline_catalogs, whole_plan
 from tests.support.chaos import Chaos, ended, kill_driver
+from tests.support.models import save_weights
 from tests.support.ray_nodes import kill_node, ray_nodes
 from tests.support.weed import BUCKET, Weed, find_weed
 
-SIDE_PX = 32
 NUM_IMAGES = 4
 NUM_VIDEOS = 3
 PAUSE_S = 0.3  # before each animation, so that the harm comes in time
 AWAY_S = 60.0  # longer than a lease is respected that nobody renews
 NUM_KILLED = 2  # at most, of bundles that cost poison no attempt
 LIMITS = MediaLimits(min_side_px=16)
-MODEL = KeypointMaskModel(
-    image_size_px=SIDE_PX,
-    mask="circles",
-    detector=KeypointDetector(
-        block_expansion=4, num_blocks=2, max_features=8, num_keypoints=5, scale_factor=0.5
-    ),
-    low_resolution=LowResolution(scale_factor=0.5, block_expansion=4, num_bottleneck_blocks=1),
-    high_resolution=Hourglass(block_expansion=4, num_blocks=2, max_features=8),
-)
 
 
 @pytest.fixture(scope="module")
 def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights, images and driving videos, and poison and broken ones beside them."""
     folder = tmp_path_factory.mktemp("media")
-    torch.manual_seed(7)
-    system = build_system(MODEL)
-    for parameter in system.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.1)
-    checkpoint.save(folder / "w.safetensors", system, {})
+    save_weights(folder / "w.safetensors")
     rng = np.random.default_rng(0)
     for number in range(NUM_IMAGES + 1):
         picture = rng.integers(0, 255, (48, 48, 3), dtype=np.uint8)

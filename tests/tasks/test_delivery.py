@@ -10,10 +10,9 @@ import av
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 from PIL import Image
 
-from kpmask import Animator, checkpoint
+from kpmask import Animator
 from kpmask.compose import paste
 from kpmask.config import AnimateJob, Credentials, MediaLimits, Output
 from kpmask.driving import DrivingVideo
@@ -22,24 +21,13 @@ from kpmask.media import decode, ffmpeg, images
 from kpmask.media.encode import encode
 from kpmask.media.formats import pictures
 from kpmask.media.probe import probe
-from kpmask.model_config import Hourglass, KeypointDetector, KeypointMaskModel, LowResolution
-from kpmask.models import build_system
 from kpmask.records import AnimationRecord, Failure, from_table
 from tasks.animate import animate_catalog, animate_pair, item_media
 from tests.support.catalogs import inline_catalogs, whole_plan
+from tests.support.models import SIDE_PX, save_weights
 
-SIDE_PX = 32
 LIMITS = MediaLimits(min_side_px=16)
 BOX = (21, 13, 64, 56)  # odd, inside
-MODEL = KeypointMaskModel(
-    image_size_px=SIDE_PX,
-    mask="circles",
-    detector=KeypointDetector(
-        block_expansion=4, num_blocks=2, max_features=8, num_keypoints=5, scale_factor=0.5
-    ),
-    low_resolution=LowResolution(scale_factor=0.5, block_expansion=4, num_bottleneck_blocks=1),
-    high_resolution=Hourglass(block_expansion=4, num_blocks=2, max_features=8),
-)
 
 
 def film(count: int, *, size_px: tuple[int, int] = (60, 48), seed: int = 0) -> np.ndarray:
@@ -57,12 +45,7 @@ def film(count: int, *, size_px: tuple[int, int] = (60, 48), seed: int = 0) -> n
 def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights, an image with a face that no detector knows, and driving videos."""
     folder = tmp_path_factory.mktemp("media")
-    torch.manual_seed(7)
-    system = build_system(MODEL)
-    for parameter in system.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.1)
-    checkpoint.save(folder / "w.safetensors", system, {})
+    save_weights(folder / "w.safetensors")
     rng = np.random.default_rng(3)
     picture = rng.integers(0, 256, (71, 91, 3), dtype=np.uint8)
     (folder / "face.png").write_bytes(images.encode_png(picture))

@@ -20,7 +20,7 @@ from kpmask.models.base import State
 from kpmask.records import AnimationItem
 from tasks.lanes import CHUNK_FRAMES, MAX_UNDERWAY, Drawing, Renderer, Slot
 from tasks.media_worker import DrivingFacts
-from tests.tasks.test_animate import MODEL, SIDE_PX
+from tests.support.models import CIRCLES, SIDE_PX
 
 DEAD = WorkerError("the worker process died", retryable=True)
 
@@ -68,7 +68,7 @@ class Told:
 @pytest.fixture(scope="module")
 def animator() -> Animator:
     torch.manual_seed(0)
-    return Animator(build_system(MODEL), device="cpu", precision="plain")
+    return Animator(build_system(CIRCLES), device="cpu", precision="plain")
 
 
 def drawing_of(animator: Animator, name: str, count: int) -> Drawing:

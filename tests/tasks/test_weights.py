@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from kpmask import Animator, bundled, checkpoint
 from kpmask.config import AnimateJob, Cluster, Credentials, EvaluateJob, MediaLimits
@@ -17,8 +15,6 @@ from kpmask.demo.videos import film, plan_takes
 from kpmask.errors import CheckpointError, StorageError
 from kpmask.media import images
 from kpmask.media.encode import encode
-from kpmask.model_config import Hourglass, KeypointDetector, KeypointMaskModel, LowResolution
-from kpmask.models import build_system
 from tasks import release as made
 from tasks.animate import animate_catalog, animate_pair
 from tasks.evaluate import ScoreSettings
@@ -27,34 +23,19 @@ from tasks.render import WorkerSettings
 from tasks.storage import open_store
 from tasks.weights import local_weights, reference
 from tests.support.catalogs import whole_plan
-
-MODEL = KeypointMaskModel(
-    image_size_px=32,
-    detector=KeypointDetector(
-        block_expansion=4, num_blocks=2, max_features=8, num_keypoints=5, scale_factor=0.5
-    ),
-    low_resolution=LowResolution(scale_factor=0.5, block_expansion=4, num_bottleneck_blocks=1),
-    high_resolution=Hourglass(block_expansion=4, num_blocks=2, max_features=8),
-)
+from tests.support.models import HEATMAP, save_weights
 
 
-def save_weights(path: Path, change: Callable[[torch.nn.Module], None] | None = None) -> Path:
-    torch.manual_seed(7)
-    system = build_system(MODEL)
-    for parameter in system.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.1)
-    if change is not None:
-        change(system)
+def trained(path: Path) -> Path:
+    """Weights that say of themselves how they were trained."""
     info = {"run_id": "r", "seed": 7, "phases": [{"name": "a", "steps": 9}]}
-    checkpoint.save(path, system, info)
-    return path
+    return save_weights(path, HEATMAP, info=info)
 
 
 @pytest.fixture
 def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of bundled weights that holds `small`, in place of the package's."""
-    src, folder = save_weights(tmp_path / "w.safetensors"), tmp_path / "bundle"
+    src, folder = trained(tmp_path / "w.safetensors"), tmp_path / "bundle"
     release(str(src), folder / "small.safetensors", name="small", command="make it")
     monkeypatch.setenv(bundled.VARIABLE, str(folder))
     return folder
@@ -140,7 +121,7 @@ def test_a_missing_file_tells_the_names(bundle: Path, media: Path, absent: str) 
 
 def test_what_a_release_draws(tmp_path: Path) -> None:
     """On a frame of the demonstration: as before, to less than 2/255 in every channel."""
-    src, out = save_weights(tmp_path / "w.safetensors"), tmp_path / "small.safetensors"
+    src, out = trained(tmp_path / "w.safetensors"), tmp_path / "small.safetensors"
     told = release(str(src), out)
     take = next(t for t in plan_takes(24, seed=0) if t.partition == "test")
     frame = next(film(take))
@@ -159,7 +140,7 @@ def test_what_a_release_draws(tmp_path: Path) -> None:
 def test_a_release_that_draws_something_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    src, out = save_weights(tmp_path / "w.safetensors"), tmp_path / "small.safetensors"
+    src, out = trained(tmp_path / "w.safetensors"), tmp_path / "small.safetensors"
     release(str(src), out)
     before = out.read_bytes()
     monkeypatch.setattr(made, "MAX_DIFFERENCE", 0.0)
@@ -170,7 +151,7 @@ def test_a_release_that_draws_something_else(
 
 
 def test_the_index_gets_the_scores(tmp_path: Path) -> None:
-    src, folder = save_weights(tmp_path / "w.safetensors"), tmp_path / "bundle"
+    src, folder = trained(tmp_path / "w.safetensors"), tmp_path / "bundle"
     rows = [
         {"metric": metric, "method": method, "mean": mean}
         for metric, method, mean in (
