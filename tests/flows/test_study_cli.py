@@ -18,7 +18,7 @@ from kpmask.media.encode import encode
 from kpmask.media.images import encode_png
 from kpmask.report.study import scores_page
 from kpmask.study import QUESTIONS, Study, read_answers, read_study, score_answers, screens_of
-from tests.support.chromium import Chromium, find_chromium
+from tests.support.chromium import Chromium
 from tests.support.pages import FITS
 from tests.support.participants import answers_of, as_bytes, by_lot
 
@@ -135,13 +135,10 @@ WARNING = "document.querySelector('#warning:not([hidden])').textContent"
 
 
 @pytest.fixture
-def browser(tmp_path: Path) -> Iterator[Chromium]:
+def browser(chromium: Chromium) -> Iterator[Chromium]:
     """A browser that has kept nothing."""
-    program = find_chromium()
-    if program is None:
-        pytest.skip("no chromium on this machine")
-    with Chromium(program, tmp_path / "profile") as found:
-        yield found
+    with chromium.private():
+        yield chromium
 
 
 def seen(browser: Chromium) -> list[str]:

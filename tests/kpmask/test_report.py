@@ -8,7 +8,7 @@ import io
 import math
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urljoin, urlsplit
@@ -47,7 +47,7 @@ from kpmask.report import (
     run_page,
 )
 from kpmask.report.page import figure, num
-from tests.support.chromium import Chromium, find_chromium
+from tests.support.chromium import Chromium
 from tests.support.pages import FITS, Page
 
 SHA = "ab12" * 16
@@ -478,13 +478,11 @@ def test_the_loss_curve_is_sound_and_the_same_each_time() -> None:
 # --- a browser -------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
-    program = find_chromium()
-    if program is None:
-        pytest.skip("no chromium on this machine")
-    with Chromium(program, tmp_path_factory.mktemp("profile")) as chromium:
-        yield chromium
+@pytest.fixture
+def browser(chromium: Chromium) -> Chromium:
+    """With the mouse in the corner."""
+    chromium.point(None)
+    return chromium
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +30,7 @@ from kpmask.report.curves import (
     tick_text,
 )
 from kpmask.report.page import figure
-from tests.support.chromium import Chromium, find_chromium
+from tests.support.chromium import Chromium
 from tests.support.pages import Page
 
 SHA = "ab12" * 16
@@ -284,13 +283,11 @@ def test_not_a_number_does_not_break_it() -> None:
 # --- a browser -------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
-    program = find_chromium()
-    if program is None:
-        pytest.skip("no chromium on this machine")
-    with Chromium(program, tmp_path_factory.mktemp("profile")) as chromium:
-        yield chromium
+@pytest.fixture
+def browser(chromium: Chromium) -> Chromium:
+    """With the mouse in the corner."""
+    chromium.point(None)
+    return chromium
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -85,12 +87,25 @@ class Chromium:
             raise
         return self
 
-    def _attach(self) -> None:
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+    def _attach(self, **where: str) -> None:
+        target = self.call("Target.createTarget", url="about:blank", **where)["targetId"]
         session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         self._session = session
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
+
+    @contextmanager
+    def private(self) -> Iterator[None]:
+        """For the duration a page that knows nothing of what others kept, nor they of it."""
+        before, self._session = self._session, None
+        context = self.call("Target.createBrowserContext")["browserContextId"]
+        try:
+            self._attach(browserContextId=context)
+            yield
+        finally:
+            self._session = None
+            self.call("Target.disposeBrowserContext", browserContextId=context)
+            self._session = before
 
     def __exit__(
         self,
