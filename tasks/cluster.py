@@ -89,13 +89,14 @@ def _start(address: str, num_cpus: int | None) -> None:
     # Ray stretches the driver's logging otherwise, and prints every worker's lines.
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if not address or address == "local":
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            include_dashboard=False,
-            object_store_memory=_object_store_bytes(),
-            **quiet,
-        )
+        with _few_processes():
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                object_store_memory=_object_store_bytes(),
+                **quiet,
+            )
         return
     if address.startswith("ray://"):
         raise ConfigError(
@@ -124,6 +125,37 @@ def _object_store_bytes() -> int:
         return OBJECT_STORE_BYTES
     # Ray's minimum is 75 MB; below that it goes to /tmp by itself, only slower.
     return max(80 * 2**20, min(OBJECT_STORE_BYTES, int(free_bytes * SHARED_MEMORY_FRACTION)))
+
+
+@contextmanager
+def _few_processes() -> Iterator[None]:
+    """Have Ray start without the three processes that only look on.
+
+    They are most of the time that a local Ray takes to start, and `ray.init` has no switch for
+    them: the autoscaler, where no node can be added; the reader of logs, where `log_to_driver` is
+    off; and the dashboard's, which without a dashboard only tells Ray's makers of the use of it.
+    """
+    from ray._private.node import Node
+
+    def none(self: Node) -> None:
+        """No such process."""
+
+    def no_dashboard(self: Node, **_: Any) -> None:  # noqa: ANN401 - Ray's own
+        self._webui_url = ""  # as Ray does where there is none
+
+    instead = {
+        "start_monitor": none,
+        "start_log_monitor": none,
+        "start_api_server": no_dashboard,
+    }
+    before = {name: getattr(Node, name) for name in instead}
+    for name, method in instead.items():
+        setattr(Node, name, method)
+    try:
+        yield
+    finally:
+        for name, method in before.items():
+            setattr(Node, name, method)
 
 
 @contextmanager
