@@ -14,6 +14,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,10 @@ from tasks.manifest import read_json, read_table, write_json, write_table
 from tasks.preprocess import preprocess
 from tasks.storage import open_store
 from tasks.verify import Verified, dataset_info, verify_dataset
-
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+from tests.support.inline import run_inline
 
 ONE = Cluster(num_workers=1)
+STAGES = ("preprocess", "fetching", "export", "imports", "verify")
 HEADER = "video_id,start,end,bbox,fps,width,height,partition,person_id"
 LINES = [
     "aaa,0,24,0-0-96-64,24,96,64,train,p1",
@@ -47,6 +48,20 @@ LINES = [
     "b.b,8,40,0-0-64-64,24,96,64,train,p2",
     "d é,10,30,0-0-96-64,24,96,64,test,p4",
 ]
+
+
+@pytest.fixture(autouse=True)
+def _stages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs run in this process, but in tests that ask for Ray: an actor a stage takes seconds."""
+    if "ray_cluster" not in request.fixturenames:
+        inline(monkeypatch)
+
+
+def inline(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in STAGES:
+        monkeypatch.setattr(f"tasks.{name}.run_items", run_inline)
+        if name != "fetching":
+            monkeypatch.setattr(f"tasks.{name}.ray_session", nullcontext)
 
 
 def film(seed: int, count: int = 48) -> list[np.ndarray]:
@@ -83,8 +98,10 @@ def made_dataset(folder: Path, **storage: object) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
-    return made_dataset(tmp_path_factory.mktemp("exchange"))
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        inline(monkeypatch)
+        return made_dataset(tmp_path_factory.mktemp("exchange"))
 
 
 @pytest.fixture
@@ -444,6 +461,7 @@ def test_an_export_follows_its_dataset(made: Path, data: Path, tmp_path: Path) -
     assert (said["form"], said["num_train"], said["num_test"]) == ("folders", 0, 1)
 
 
+NUM_CLIPS = 24  # enough to be killed among them
 KILLED = """
 import sys
 from kpmask.config import ExportJob, ImportJob, validated
@@ -484,7 +502,7 @@ def test_killed_half_way_and_run_again(tmp_path: Path, monkeypatch: pytest.Monke
     todo: list[str] = []
     record_items(monkeypatch, todo)
     exported(data, out, "mp4")
-    assert len(todo) == 40 - done
+    assert len(todo) == NUM_CLIPS - done
     exported(data, tmp_path / "whole", "mp4")
     mine, whole = tree_of(out), tree_of(tmp_path / "whole")
     assert mine.pop("export.json") != whole.pop("export.json")  # these hold the place
@@ -499,9 +517,9 @@ def test_killed_half_way_and_run_again(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def many_clips(folder: Path) -> Path:
-    """A dataset of 40 clips in 40 shards."""
+    """A dataset with a shard for each clip."""
     (folder / "videos" / "train").mkdir(parents=True)
-    for i in range(40):
+    for i in range(NUM_CLIPS):
         encode(folder / "videos/train" / f"v{i:02d}.mp4", film(i, 16), fps=25.0)
     storage = {"clips_per_shard": 1}
     return imported(folder / "videos", folder / "data", "mp4", storage=storage)
@@ -700,6 +718,7 @@ def test_dry_runs_write_nothing(made: Path, tmp_path: Path) -> None:
 # --- object storage --------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("ray_cluster")
 def test_everything_in_object_storage(made: Path, s3: str, tmp_path: Path) -> None:
     exported(made, f"{s3}/tars", "webdataset", max_samples=1)
     data = f"{s3}/data"
