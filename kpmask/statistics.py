@@ -1,12 +1,19 @@
 """What means over few videos are worth: bootstrapped intervals, and paired tests.
 
 Videos are drawn again and again with replacement, since frames of one video are no independent
-samples. Intervals are the middle 95 % of what the draws give (the percentile bootstrap of Efron
-1979). Draws follow from the number of videos and a seed, so that equal scores have equal intervals.
+samples. Intervals are the middle of what the draws give (the percentile bootstrap of Efron 1979),
+of so many of them that the true mean is held in 95 % of cases: see `percentiles`. Draws follow from
+the number of videos and a seed, so that equal scores have equal intervals.
+
+- Of two or three videos the interval is their range, and holds the mean in half of the cases or
+  three quarters. Nothing that is drawn from so few could do better.
+- Videos count as independent. Clips that were cut from one recording are not: their interval is
+  about that recording, and too narrow for others.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -18,7 +25,7 @@ Values = NDArray[np.float64]
 Draws = NDArray[np.int64]  # (R, V): R times V places of videos
 
 NUM_RESAMPLES: Final = 2000
-INTERVAL: Final = (2.5, 97.5)  # percentiles
+INTERVAL: Final = (2.5, 97.5)  # percentiles, of very many
 MAX_DRAWN: Final = 2**20  # places at a time: memory does not grow with the number of videos
 
 
@@ -41,8 +48,25 @@ def bootstrap_interval(
     values = values[~np.isnan(values)]
     if not len(values):
         return np.nan, np.nan
-    low, high = np.percentile(values, INTERVAL)
+    low, high = np.percentile(values, percentiles(num_videos))
     return float(low), float(high)
+
+
+def percentiles(num_videos: int) -> tuple[float, float]:
+    """Which percentiles of the means of draws hold the true mean in 95 % of cases.
+
+    The middle 95 % hold it less often with few videos, 84 % of the time with five: draws differ
+    among themselves by the factor ((n - 1) / n)^(1/2) less than samples would, and like normal
+    values, where means of few differ like Student's t. The percentiles make good for both (the
+    expanded percentile interval of Hesterberg 2015, What Teachers Should Know About the Bootstrap).
+    """
+    if num_videos < 2:
+        return INTERVAL
+    from scipy.special import ndtr, stdtrit  # takes a while to load
+
+    reach = math.sqrt(num_videos / (num_videos - 1)) * stdtrit(num_videos - 1, INTERVAL[1] / 100)
+    below = 100 * float(ndtr(-reach))
+    return below, 100 - below
 
 
 def mean_interval(
