@@ -486,6 +486,15 @@ def test_page(comparison: Comparison) -> None:
         assert text in page, text
     assert "&lt;b&gt;two&lt;/b&gt;" in page and "<b>two</b>" not in page
     assert "This comparison is going on" in page
+    assert "every system was trained with one" in page
+    runs = (*comparison.runs, dataclasses.replace(comparison.runs[0], seed=7))
+    page_of_two = comparison_page(
+        title="Comparison",
+        comparison=dataclasses.replace(comparison, runs=runs),
+        curves=[],
+        strips=[],
+    )
+    assert "that is the spread of the seeds" in page_of_two
     loss, held_out = (json.loads(text) for text in re.findall(r'json">(.*?)</script>', page))
     assert loss["steps"] == list(range(1, 9))
     values = {line["label"]: line["values"] for line in loss["lines"]}
