@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import heapq
 import math
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 T = TypeVar("T")
+Row = TypeVar("Row", bound=tuple[Any, ...])
 
 MAX_BINS: Final = 2048
 TAIL: Final = 0.02  # of the values on either side that may share an open bin
@@ -191,3 +192,14 @@ def _round_up(width: float) -> int:
     while 10 * power < width:
         power *= 10
     return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= width)
+
+
+def as_many_as_fit(rows: Iterable[Row], *, max_chars: int) -> list[Row]:
+    """The first rows, whose texts have `max_chars` characters at most in all."""
+    kept, chars = [], 0
+    for row in rows:
+        chars += sum(len(value) for value in row if isinstance(value, str))
+        if chars > max_chars:
+            break
+        kept.append(row)
+    return kept

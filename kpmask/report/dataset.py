@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from kpmask.records import ClipRecord, DatasetChanges, DatasetManifest, Failure
-from kpmask.report.counting import Bin, Distinct, Histogram, Sample, place
+from kpmask.report.counting import Bin, Distinct, Histogram, Sample, as_many_as_fit, place
 from kpmask.report.page import Bar, Chart, Tile, bars, duration, failure_tile, figure, num, render
 from kpmask.report.previews import preview_frame_numbers
 
@@ -204,7 +204,7 @@ class DatasetSummary:
     @property
     def searched(self) -> list[tuple[str, str, str, str, int]]:
         """Name, split, identity, video and number of frames of clips, those shown first."""
-        return _as_many_as_fit(self._searched)
+        return as_many_as_fit(self._searched, max_chars=MAX_SEARCHED_CHARS)
 
     @property
     def failed(self) -> list[tuple[Any, ...]]:
@@ -213,7 +213,7 @@ class DatasetSummary:
             (f.item, f.code, f.cause, f.stage, _measured(f.value), f.attempts, f.retryable)
             for f in self._failed
         ]
-        return sorted(_as_many_as_fit(rows))
+        return sorted(as_many_as_fit(rows, max_chars=MAX_SEARCHED_CHARS))
 
     @property
     def codes(self) -> list[_Code]:
@@ -247,17 +247,6 @@ def _shortened(failure: Failure) -> Failure:
         failure.attempts,
         failure.value,
     )
-
-
-def _as_many_as_fit(rows: Iterable[tuple[Any, ...]]) -> list[Any]:
-    """The first rows, within MAX_SEARCHED_CHARS of text."""
-    kept, chars = [], 0
-    for row in rows:
-        chars += sum(len(value) for value in row if isinstance(value, str))
-        if chars > MAX_SEARCHED_CHARS:
-            break
-        kept.append(row)
-    return kept
 
 
 # --- the page --------------------------------------------------------------------------------

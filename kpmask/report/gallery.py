@@ -18,7 +18,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Final
 
 from kpmask.records import AnimationRecord, CatalogManifest, Failure
-from kpmask.report.counting import Distinct, Sample, place
+from kpmask.report.counting import Distinct, Sample, as_many_as_fit, place
 from kpmask.report.page import (
     Tile,
     bars,
@@ -155,7 +155,7 @@ class _Failures:
             (f.item, f.code, _short(f.cause), f.stage, f.attempts, f.retryable, _finite(f.value))
             for f in self._kept
         ]
-        return sorted(_as_many_as_fit(rows), key=lambda row: row[:4])
+        return sorted(as_many_as_fit(rows, max_chars=MAX_DATA_CHARS), key=lambda row: row[:4])
 
 
 def _short(text: str) -> str:
@@ -169,17 +169,6 @@ def _finite(value: float | None) -> float | None:
 def _seconds(record: AnimationRecord) -> float | None:
     seconds = record.num_frames / record.fps if record.fps > 0 else 0.0
     return _finite(seconds)
-
-
-def _as_many_as_fit(rows: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """The first rows, within MAX_DATA_CHARS of text."""
-    kept, chars = [], 0
-    for row in rows:
-        chars += sum(len(value) for value in row if isinstance(value, str))
-        if chars > MAX_DATA_CHARS:
-            break
-        kept.append(row)
-    return kept
 
 
 # --- the page --------------------------------------------------------------------------------
@@ -298,7 +287,9 @@ class _Data:
         self.motions = sorted({record.motion for record in records})
         self._metrics = metrics
         self._facts: dict[str, int] = {}
-        self.items = _as_many_as_fit(self._item(record, media(record)) for record in records)
+        self.items = as_many_as_fit(
+            (self._item(record, media(record)) for record in records), max_chars=MAX_DATA_CHARS
+        )
 
     @property
     def block(self) -> dict[str, Any]:
