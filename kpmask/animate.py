@@ -255,12 +255,6 @@ class Animator:
             image_TCHW = self.render(source, driving, initial=initial, transfer=transfer, size=size)
             yield self.fetch(image_TCHW)
 
-    def render_states(
-        self, source: State, driving: State, *, initial: State | None, transfer: Transfer
-    ) -> Frames:
-        """`render` to the end: uint8 THWC, on the host."""
-        return self.fetch(self.render(source, driving, initial=initial, transfer=transfer))()
-
     @torch.inference_mode()
     def fetch(self, image_TCHW: Tensor) -> Callable[[], Frames]:
         """Begin to bring what `render` draws to the host; what is returned waits for it.

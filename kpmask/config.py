@@ -787,7 +787,6 @@ def _check_compared(system: ComparedSystem, steps: int | None) -> None:
 
 # --- presets and overrides -------------------------------------------------------------------
 
-JobName = Literal["preprocess", "train", "animate", "evaluate", "compare"]
 Job = PreprocessJob | TrainJob | AnimateJob | EvaluateJob | CompareJob
 J = TypeVar("J", bound=Part)
 

@@ -48,7 +48,6 @@ _BYTES: Final = "application/octet-stream"
 _ACTIONS: Final = "c2pa.actions"
 _DIGITAL_SOURCE_TYPE: Final = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 _HASH_PREFIX: Final = "sha256:"
-_UNTRUSTED: Final = "signingCredential.untrusted"
 _MAX_TEXT: Final = 200  # characters of a stranger's text that are shown
 _MIN_FREE_BYTES: Final = 2**20
 _MAX_SIDECAR_BYTES: Final = 2**26

@@ -62,16 +62,6 @@ class SourceRow:
 
 
 @dataclass(frozen=True, slots=True)
-class RawVideo:
-    """A raw video in the store: `key` is relative to the raw root."""
-
-    video_id: str
-    key: str
-    sha256: str
-    size_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class VideoProbe:
     """What a video file is, as displayed: rotation is applied to `width_px` and `height_px`.
 
@@ -206,15 +196,6 @@ class ValidationScore:
     metric: str
     value: float
     num_clips: int
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointRef:
-    """A weights file: `uri`, its step and its SHA-256."""
-
-    uri: str
-    step: int
-    sha256: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,11 +98,6 @@ class Retries:
         """Forget an item: it succeeded, or failed for a lasting reason."""
         self._changed |= self._items.pop(item_id, None) is not None
 
-    @property
-    def num_waiting(self) -> int:
-        """How many items may not be tried now, those that are given up among them."""
-        return sum(not self.due(item_id) for item_id in self._items)
-
     def attempts(self, item_id: str) -> int:
         """In how many runs an item has failed."""
         item = self._items.get(item_id)

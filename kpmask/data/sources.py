@@ -7,8 +7,7 @@ name says who is in one (`identity_of`), and the subject is looked for in it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from kpmask.config import ANNOTATED_SOURCES, SourceKind
@@ -17,29 +16,6 @@ from kpmask.data.layouts import partition_of
 from kpmask.data.metadata import iter_metadata
 from kpmask.data.voxceleb import iter_voxceleb
 from kpmask.records import Failure, SourceRow
-
-
-@dataclass(frozen=True, slots=True)
-class SourceInfo:
-    """What a kind of source is, in a line, and what it is given with."""
-
-    summary: str
-    needs: str
-
-
-SOURCES: Mapping[SourceKind, SourceInfo] = {
-    "table": SourceInfo("CSV table of spans and boxes", "metadata: a .csv or .csv.gz"),
-    "taichi": SourceInfo("Tai-Chi-HD's table, or one like it", "metadata: a .csv or .csv.gz"),
-    "voxceleb1": SourceInfo(
-        "VoxCeleb 1's box files", "metadata: the folder of person/video/utterance.txt, or its zip"
-    ),
-    "voxceleb2": SourceInfo(
-        "VoxCeleb 2's box files", "metadata: the folder of person/video/utterance.txt, or its zip"
-    ),
-    "nemo": SourceInfo("UvA-NEMO's videos; a person's name ends at the first _", "videos"),
-    "robonet": SourceInfo("RoboNet's trajectories", "videos: a folder of .hdf5 files"),
-    "videos": SourceInfo("any videos; an identity's name ends at the first #", "videos"),
-}
 
 
 def source_rows(

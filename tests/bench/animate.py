@@ -221,7 +221,8 @@ class OurLoop:
     def draw_one(self) -> Frames:
         """From an 8-bit frame to an 8-bit frame."""
         driving = self.animator.encode_driving(self.driving_THWC[:1])
-        return self.animator.render_states(self.source, driving, initial=None, transfer=Transfer())
+        drawn = self.animator.render(self.source, driving, initial=None, transfer=Transfer())
+        return self.animator.fetch(drawn)()
 
     @torch.inference_mode()
     def network(self) -> dict[int, float]:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from kpmask.errors import DatasetError, RunFailed, StorageError
-from kpmask.records import CheckpointRef, ClipRecord, Failure, RunManifest, SourceRow, StepMetrics
+from kpmask.records import ClipRecord, Failure, Progress, RunManifest, SourceRow, StepMetrics
 from tasks.manifest import (
     Journal,
     check_failures,
@@ -231,12 +231,12 @@ def test_an_entry_that_cannot_be_read_is_done_again(store, caplog):
 
 KILLED = """
 import sys
-from kpmask.records import CheckpointRef
+from kpmask.records import Progress
 from tasks.manifest import Journal
 from tasks.storage import open_store
-journal = Journal(open_store(sys.argv[1]), "j", CheckpointRef)
+journal = Journal(open_store(sys.argv[1]), "j", Progress)
 for number in range(100_000):
-    journal.add(str(number), CheckpointRef("uri", number, "sha"))
+    journal.add(str(number), Progress("stage", number, 100_000))
     print(number, flush=True)
 """
 
@@ -251,9 +251,9 @@ def test_what_was_added_survives_a_kill(tmp_path):
     said += process.stdout.readlines()
     process.wait()
     process.stdout.close()
-    done = Journal(open_store(str(tmp_path)), "j", CheckpointRef).done()
+    done = Journal(open_store(str(tmp_path)), "j", Progress).done()
     assert {line.strip() for line in said if line.endswith("\n")} <= set(done)
-    assert all(done[item_id].step == int(item_id) for item_id in done)
+    assert all(done[item_id].done == int(item_id) for item_id in done)
     assert [*tmp_path.rglob(".tmp-*")] == []
 
 

@@ -7,21 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from kpmask.config import ANNOTATED_SOURCES, PreprocessJob, SourceKind, resolve_job
-from kpmask.data.sources import SOURCES, identity_of, source_rows
+from kpmask.config import PreprocessJob, SourceKind, resolve_job
+from kpmask.data.sources import identity_of, source_rows
 from kpmask.errors import ConfigError
 from kpmask.records import Failure, SourceRow
 
 HEADER = "video_id,start,end,bbox,fps,width,height,partition,person_id"
 BOX = "0,64,10-20-110-120,25,640,480"
-
-
-def test_every_kind_is_in_the_register() -> None:
-    assert set(SOURCES) == set(typing.get_args(SourceKind))
-    for kind, info in SOURCES.items():
-        assert info.needs.partition(":")[0] == (
-            "metadata" if kind in ANNOTATED_SOURCES else "videos"
-        )
 
 
 def test_tables_say_their_split_unless_identities_are_named(tmp_path: Path) -> None:
