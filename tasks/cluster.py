@@ -68,7 +68,7 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
     Raises:
         ConfigError: RAY_ADDRESS cannot be used.
     """
-    with _environment({"RAY_USAGE_STATS_ENABLED": "0"}):
+    with environment({"RAY_USAGE_STATS_ENABLED": "0"}):
         import ray
 
         if ray.is_initialized():
@@ -172,7 +172,7 @@ def _loopback() -> Iterator[None]:
     enabled = ray_constants.ENABLE_RAY_CLUSTER  # read from the variable when Ray was imported
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
-        with _environment(settings):
+        with environment(settings):
             AuthenticationTokenLoader.instance().reset_cache()
             yield
     finally:
@@ -200,7 +200,8 @@ def _messages_in_log() -> Iterator[None]:
 
 
 @contextmanager
-def _environment(settings: Mapping[str, str]) -> Iterator[None]:
+def environment(settings: Mapping[str, str]) -> Iterator[None]:
+    """Variables of this process, and of those that it starts, for the duration."""
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     try:

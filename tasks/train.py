@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import tempfile
 import threading
 import time
@@ -38,7 +39,7 @@ from kpmask.records import Progress, RunManifest
 from kpmask.train import Worker, plan_phases
 from tasks import train_folder
 from tasks.channel import Channel
-from tasks.cluster import ray_session
+from tasks.cluster import environment, ray_session
 from tasks.train_folder import RunFolder
 from tasks.train_log import require_tensorboard
 from tasks.train_worker import Line, run_worker, samplers
@@ -50,6 +51,11 @@ OnProgress = Callable[[Progress], None]
 POLL_S = 0.5
 STOP_PATIENCE_S = 60.0  # for the step that runs and a checkpoint
 LOSS_PATIENCE_S = 30.0  # for a lost worker's place to come back
+# How often Ray Train looks at its workers. With its own 2 s it takes that long to hear that they
+# have ended or died, and each waits for as long at every checkpoint but the first: what a worker
+# reports is kept until the next look, and there is room for one report.
+LOOK_VARIABLE = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
+LOOK_S = 0.25
 
 
 def train(job: TrainJob, *, on_progress: OnProgress | None = None) -> RunManifest:
@@ -68,7 +74,8 @@ def train(job: TrainJob, *, on_progress: OnProgress | None = None) -> RunManifes
     folder, finished = _prepared(job)
     if finished is not None:
         return finished
-    with ray_session():
+    looks = {LOOK_VARIABLE: os.environ.get(LOOK_VARIABLE, str(LOOK_S))}
+    with environment(looks), ray_session():
         _fit(job, on_progress or _ignore)
     return _manifest(folder)
 
