@@ -156,6 +156,11 @@ def gaussian_kernel(scale: float) -> Tensor:
     """`AntiAlias`'s kernel for a scale below 1: [k, k], sums to 1, k = 2 * round(4 sigma) + 1."""
     sigma_px = (1 / scale - 1) / 2
     reach_px = round(4 * sigma_px)
+    num_px = 2 * reach_px + 1
+    # Weights files are read into systems without values. Sums cost nothing there, but the arange
+    # is written in Python, and it takes a second to load what that needs.
+    if torch.get_default_device().type == "meta":
+        return torch.empty(num_px, num_px)
     offset_px = torch.arange(-reach_px, reach_px + 1, dtype=torch.float32)
     weight = torch.exp(-(offset_px**2) / (2 * sigma_px**2))
     kernel_HW = weight[:, None] * weight[None, :]
