@@ -1,4 +1,4 @@
-"""Every system of every preset builds, trains two steps and animates."""
+"""Every system of every preset builds, trains a step or two and animates."""
 
 from __future__ import annotations
 
@@ -70,21 +70,26 @@ def test_there_are_presets_of_each_size() -> None:
 
 
 @pytest.mark.parametrize("phase", distinct_phases())
-def test_trains_two_steps_and_animates(phase: Phase, tmp_path: Path) -> None:
-    # Small batches: what is asked is whether the networks fit, at their full widths.
+def test_trains_and_animates(phase: Phase, tmp_path: Path) -> None:
+    # Small batches, and few: what is asked is whether the networks fit, at their full widths.
     side_px = phase.model.image_size_px
-    batch_size = 2 if side_px < 256 else 1
+    batch_size, num_steps = (2, 2) if side_px < 128 else (1, 1)
     small = phase.model_copy(update={"batch_size": batch_size, "accumulate": 1})
-    plan = PhasePlan(phase=small, index=0, num_steps=2, steps_before=0, steps_per_epoch=0.5)
+    plan = PhasePlan(phase=small, index=0, num_steps=num_steps, steps_before=0, steps_per_epoch=0.5)
     trainer = Trainer(plan, initial_system(plan, seed=0), features=random_features(), seed=0)
     random = torch.Generator().manual_seed(0)
-    for _ in range(2):
+    for _ in range(num_steps):
         frames = torch.rand(2, batch_size, 3, side_px, side_px, generator=random)
         assert np.isfinite(trainer.step(Batch(frames[0], frames[1])).loss)
+    for name, values in trainer.system.state_dict().items():
+        assert torch.isfinite(values).all(), name
     path = tmp_path / "weights.safetensors"
     checkpoint.save(path, trainer.system, {})
+    # Not auto: on some processors that draws a frame in two precisions before the first one.
+    animator = Animator.load(path, device="cpu", precision="float32")
+    path.unlink()  # pytest keeps the folder, and these are gigabytes
     frames_THWC = np.random.default_rng(0).integers(0, 256, (2, 40, 48, 3), np.uint8)
-    video_THWC = Animator.load(path, device="cpu").animate(frames_THWC[0], frames_THWC)
+    video_THWC = animator.animate(frames_THWC[0], frames_THWC)
     assert video_THWC.shape == (2, side_px, side_px, 3)
     assert video_THWC.dtype == np.uint8
 
