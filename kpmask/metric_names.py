@@ -114,6 +114,14 @@ def coverage_of(name: str) -> str:
     return f"{kind}_{estimator}"
 
 
+def missed_of(name: str) -> str:
+    """The metric whose mean is the share of points that a metric leaves out, however many frames
+    are covered; empty where it leaves out none."""
+    estimator = estimator_of(name)
+    leaves_out = name.endswith("_found") and estimator in get_args(PointsName)
+    return f"mkr_{estimator}" if leaves_out else ""
+
+
 def with_coverage(names: Sequence[str]) -> tuple[str, ...]:
     """The names, each once, and behind them the coverages that they are to be read with."""
     covers = [cover for name in names if (cover := coverage_of(name))]

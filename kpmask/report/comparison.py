@@ -12,6 +12,7 @@ from typing import Final
 import numpy as np
 
 from kpmask.measure import covered_alike
+from kpmask.metric_names import missed_of
 from kpmask.records import (
     ComparedMethod,
     ComparedRow,
@@ -226,20 +227,30 @@ def _table(
 
 
 def _coverage(info: MetricInfo, row: ComparedRow) -> float | None:
-    means = {value.metric: value.mean for value in row.values}
-    return means.get(info.coverage) if info.coverage else None
+    return _mean(info.coverage, row)
 
 
 def _best(info: MetricInfo, rows: Sequence[ComparedRow]) -> float | None:
     """The best mean of a system, of means that compare; None where all are equal."""
     rivals = [row for row in rows if row.system and info.name in {v.metric for v in row.values}]
-    alike = covered_alike([_coverage(info, row) for row in rivals])
-    if info.name.endswith(FOUND) and not alike:
+    if info.name.endswith(FOUND) and not _found_alike(info, rivals):
         return None
     means = {v.mean for row in rivals for v in row.values if v.metric == info.name}
     if len(means) < 2:
         return None
     return max(means) if info.higher_is_better else min(means)
+
+
+def _found_alike(info: MetricInfo, rivals: Sequence[ComparedRow]) -> bool:
+    """Whether as much was found for each: frames, and where it was measured points of them."""
+    if not covered_alike([_coverage(info, row) for row in rivals]):
+        return False
+    missed = [_mean(missed_of(info.name), row) for row in rivals]
+    return all(share is None for share in missed) or covered_alike(missed)
+
+
+def _mean(metric: str, row: ComparedRow) -> float | None:
+    return next((value.mean for value in row.values if value.metric == metric), None)
 
 
 def _label(row: ComparedRow) -> str:

@@ -165,14 +165,20 @@ _KINDS: Final[Mapping[str, _Kind]] = {
     ),
     "mkr": _Kind("MKR", "Missing keypoint rate: the share of the truth's points that was missed."),
     "coverage": _Kind(
-        "Coverage", "Share of frames in which both the true and the generated one have {finds}."
+        "Coverage",
+        "Share of frames in which both the true and the generated one have {finds}, or of several "
+        "points at least one.",
     ),
     "aed_sq": _Kind(
         "AED squared",
         "Distance of identities by {finds}: sum of squared differences, as the papers' code has "
         "it.",
     ),
-    "aed_l2": _Kind("AED Euclidean", "The root of AED squared, as the papers' text has it."),
+    "aed_l2": _Kind(
+        "AED Euclidean",
+        "The root of each frame's AED squared, as the papers' text has it: of means it is not the "
+        "root.",
+    ),
     "csim_truth": _Kind(
         "CSIM to truth", "Cosine of {finds} with the true frame's; 1 for the same."
     ),

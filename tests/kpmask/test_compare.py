@@ -454,6 +454,32 @@ def test_values_that_leave_frames_out_are_best_only_where_as_much_was_found(
     assert marks((0.98, 0.5)) == [[False, False, True], [False, True, False]]
 
 
+def test_joints_that_were_lost_are_no_merit(comparison: Comparison) -> None:
+    """Every frame is covered, and one system loses the joints that are hard to place."""
+    names = ("akd_movenet_found", "coverage_movenet", "mkr_movenet")
+    infos = tuple(
+        MetricInfo(name, "1", "a" * 64, "MIT", up, estimator="movenet", coverage=cover)
+        for name, up, cover in zip(names, (False, True, False), (names[1], "", ""), strict=True)
+    )
+
+    def marks(missed: tuple[float, float]) -> list[bool]:
+        rows = tuple(
+            ComparedRow(
+                "reconstruction",
+                system,
+                "",
+                "model",
+                tuple(value(n, v) for n, v in zip(names, (mean, 1.0, share), strict=True)),
+            )
+            for system, mean, share in zip(("fomm", "refined"), (2.0, 1.0), missed, strict=True)
+        )
+        (table,) = comparison_tables(dataclasses.replace(comparison, metrics=infos, rows=rows))
+        return [row.cells[0].best for row in table.rows]
+
+    assert marks((0.02, 0.4)) == [False, False]
+    assert marks((0.02, 0.025)) == [False, True]
+
+
 def test_equal_means_are_best_alike_and_nothing_is_where_all_are(comparison: Comparison) -> None:
     def marks(*means: float) -> list[bool]:
         rows = tuple(

@@ -11,6 +11,7 @@ from kpmask.metric_names import (
     estimator_of,
     kind_of,
     known_metric,
+    missed_of,
 )
 
 
@@ -20,6 +21,14 @@ def test_every_name_is_spelled_out(name: str) -> None:
     assert kind_of(name) in SPELLED
     assert estimator_of(name) in SPELLED
     assert coverage_of(name) in ("", *METRICS)
+
+
+def test_what_leaves_points_out_is_read_with_how_many() -> None:
+    assert missed_of("akd_movenet_found") == "mkr_movenet"
+    assert missed_of("akd_motion_openposeone_found") == "mkr_openposeone"
+    for name in ("akd_movenet", "csim_truth_sface_found", "l1", "mkr_movenet"):
+        assert missed_of(name) == "", name
+    assert {missed_of(name) for name in METRICS} <= {"", *METRICS}
 
 
 def test_a_wrong_name_is_told_from_those_that_are_near() -> None:
