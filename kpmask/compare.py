@@ -180,7 +180,7 @@ def _value(
     margin = low = high = p_value = None
     own_V = np.array([own_by_clip[clip] for clip in both])
     base_V = np.array([base_by_clip[clip] for clip in both])
-    if base_V.any():
+    if len(base_V) and base_V.mean() != 0:
         sign = 1 if higher_is_better else -1
         margin = sign * margin_percent(own_V, base_V)
         low, high = sorted(sign * value for value in margin_interval(own_V, base_V))

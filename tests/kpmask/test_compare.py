@@ -308,8 +308,10 @@ def test_margins_have_the_sign_test_beside_them() -> None:
 
 def test_no_margin_without_a_baseline_or_over_nothing() -> None:
     assert rows_of([score("x", "a", 0.1)])["x"].values[0].margin_percent is None
-    rows = rows_of([score("fomm", "a", 0.0), score("x", "a", 0.1)])
-    assert rows["x"].values[0].margin_percent is None
+    for base in ((0.0, 0.0), (0.5, -0.5)):  # cosines may have any sign
+        scores = [score("fomm", clip, v) for clip, v in zip("ab", base, strict=True)]
+        rows = rows_of([*scores, score("x", "a", 0.1), score("x", "b", 0.1)])
+        assert rows["x"].values[0].margin_percent is None
 
 
 def test_ablations_are_rows_of_their_own() -> None:
