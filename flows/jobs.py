@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from flows import console
+from flows.server import start_ahead
 from kpmask import config
 from kpmask.model_config import Part
 from kpmask.records import (
@@ -80,6 +81,7 @@ def plan_compare(job: config.CompareJob) -> list[str]:
 def run_preprocess(
     job: config.PreprocessJob, *, quiet: bool
 ) -> tuple[DatasetManifest, DatasetChanges]:
+    start_ahead()  # it comes up during this import
     from flows.preprocess import preprocess_flow
 
     made = _run(preprocess_flow, job, quiet=quiet)
@@ -87,6 +89,7 @@ def run_preprocess(
 
 
 def run_train(job: config.TrainJob, *, quiet: bool) -> RunManifest:
+    start_ahead()  # it comes up during this import
     from flows.train import train_flow
 
     console.say(f"perceptual features: {job.perceptual}")
@@ -95,6 +98,7 @@ def run_train(job: config.TrainJob, *, quiet: bool) -> RunManifest:
 
 
 def run_animate(job: config.AnimateJob, *, quiet: bool) -> CatalogManifest:
+    start_ahead()  # it comes up during this import
     from flows.animate import animate_flow
 
     manifest: CatalogManifest = _run(animate_flow, job, quiet=quiet)
@@ -116,6 +120,7 @@ def plan_evaluate(job: config.EvaluateJob) -> list[str]:
 
 
 def run_evaluate(job: config.EvaluateJob, *, quiet: bool) -> ScoreTable:
+    start_ahead()  # it comes up during this import
     from flows.evaluate import evaluate_flow
 
     scores: ScoreTable = _run(evaluate_flow, job, quiet=quiet)
@@ -123,6 +128,7 @@ def run_evaluate(job: config.EvaluateJob, *, quiet: bool) -> ScoreTable:
 
 
 def run_compare(job: config.CompareJob, *, quiet: bool) -> Comparison:
+    start_ahead()  # it comes up during this import
     from flows.compare import compare_flow
 
     console.say(f"perceptual features: {job.train.perceptual}")
@@ -178,6 +184,7 @@ def _cost(row: TableRow) -> tuple[str, str, str]:
 
 
 def run_demo(out: Path, *, preset: str, quiet: bool) -> Path:
+    start_ahead()
     from flows.demo import run_demo as run
 
     with console.progress_bars(quiet=quiet) as report:

@@ -7,6 +7,9 @@ of the run's own Ctrl-C before the run could be marked. This one
 - has a session of its own, so that a Ctrl-C in the terminal does not reach it;
 - gets its socket, already bound, from the parent, so that no port is guessed;
 - asks for a password that only parent and child know.
+
+Prefect takes seconds to import, for the server as for the run. So nothing of it is imported at the
+top here, and `start_ahead` has the one come up while the other imports.
 """
 
 from __future__ import annotations
@@ -21,23 +24,16 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-
-import httpx
-from prefect.settings import (
-    PREFECT_API_AUTH_STRING,
-    PREFECT_API_URL,
-    PREFECT_HOME,
-    temporary_settings,
-)
 
 from kpmask.errors import RunFailed
 
 START_TIMEOUT_S = 120.0  # the first start on a machine creates the database
 STOP_TIMEOUT_S = 5.0
 LOG_NAME = "server.log"
+LOCK_NAME = "start.lock"
 
 
 @dataclass(frozen=True)
@@ -55,7 +51,20 @@ class OwnServer:
             self.process.wait()
 
 
-_own: list[OwnServer] = []  # at most one for this process, kept until it ends
+# At most one for this process, kept until it ends: coming up, or known to answer.
+_ahead: list[OwnServer] = []
+_own: list[OwnServer] = []
+
+
+def start_ahead() -> None:
+    """Begin to start the server that `prefect_api` will want, unless the environment names one.
+
+    Returns at once. What goes wrong with it is for `prefect_api` to say.
+    """
+    home = os.environ.get("PREFECT_HOME")
+    if home and not (os.environ.get("PREFECT_API_URL") or _ahead or _own):
+        with suppress(OSError):
+            _ahead.append(_start(Path(home).expanduser()))
 
 
 @contextmanager
@@ -65,13 +74,25 @@ def prefect_api() -> Iterator[str]:
     Raises:
         RunFailed: the named server does not answer, or ours did not start.
     """
+    from prefect.settings import (
+        PREFECT_API_AUTH_STRING,
+        PREFECT_API_URL,
+        PREFECT_HOME,
+        temporary_settings,
+    )
+
     named = PREFECT_API_URL.value()
     if named:
+        while _ahead:  # a file of Prefect's settings names it
+            _ahead.pop().stop()
         _check(named)
         yield named
         return
     if not _own or _own[0].process.poll() is not None:
-        _own[:] = [_start()]
+        home = Path(PREFECT_HOME.value())
+        server = _ahead.pop() if _ahead else _start(home)
+        _wait(server, home / LOG_NAME)
+        _own[:] = [server]
     server = _own[0]
     settings = {PREFECT_API_URL: server.api_url, PREFECT_API_AUTH_STRING: server.auth}
     with temporary_settings(updates=settings):
@@ -79,6 +100,8 @@ def prefect_api() -> Iterator[str]:
 
 
 def _check(api_url: str) -> None:
+    import httpx
+
     try:
         httpx.get(f"{api_url}/health", timeout=10.0).raise_for_status()
     except httpx.HTTPError as error:
@@ -91,19 +114,14 @@ def _check(api_url: str) -> None:
         ) from error
 
 
-def _start() -> OwnServer:
-    home = Path(PREFECT_HOME.value())
+def _start(home: Path) -> OwnServer:
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    # Two first runs at once would both create the database.
-    with (home / "start.lock").open("w") as lock, (home / LOG_NAME).open("ab") as log:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            auth = f"kpmask:{secrets.token_urlsafe(24)}"
-            process = _spawn(listener, auth, log.fileno())
-            port = listener.getsockname()[1]
-        server = OwnServer(process=process, api_url=f"http://127.0.0.1:{port}/api", auth=auth)
-        atexit.register(server.stop)
-        _wait(server, home / LOG_NAME)
+    with (home / LOG_NAME).open("ab") as log, socket.create_server(("127.0.0.1", 0)) as listener:
+        auth = f"kpmask:{secrets.token_urlsafe(24)}"
+        process = _spawn(listener, auth, log.fileno())
+        port = listener.getsockname()[1]
+    server = OwnServer(process=process, api_url=f"http://127.0.0.1:{port}/api", auth=auth)
+    atexit.register(server.stop)
     return server
 
 
@@ -129,6 +147,8 @@ def _spawn(listener: socket.socket, auth: str, log: int) -> subprocess.Popen[byt
 
 
 def _wait(server: OwnServer, log: Path) -> None:
+    import httpx
+
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline and server.process.poll() is None:
         try:
@@ -158,13 +178,21 @@ def _end_with(parent: int) -> None:
 
 def serve(listener_fd: int, parent: int) -> None:
     """Serve Prefect's API on an inherited socket until the parent ends."""
-    import uvicorn
-
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    config = uvicorn.Config(
-        "prefect.server.api.server:create_app", factory=True, log_level="error", lifespan="on"
-    )
-    uvicorn.Server(config).run(sockets=[socket.socket(fileno=listener_fd)])
+    import uvicorn
+    from prefect.server.api.server import create_app
+    from prefect.settings import PREFECT_HOME
+
+    lock = (Path(PREFECT_HOME.value()) / LOCK_NAME).open("w")
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            lock.close()
+
+    config = uvicorn.Config(create_app(), log_level="error", lifespan="on")
+    fcntl.flock(lock, fcntl.LOCK_EX)  # two first runs at once would both create the database
+    Server(config).run(sockets=[socket.socket(fileno=listener_fd)])
 
 
 if __name__ == "__main__":

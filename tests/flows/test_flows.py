@@ -12,6 +12,7 @@ import json
 import os
 import re
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -434,6 +435,47 @@ def test_the_server_ends_with_a_run_that_is_killed_and_lets_nobody_in() -> None:
     while Path(f"/proc/{pid}/cmdline").exists() and time.monotonic() < until:
         time.sleep(0.1)
     assert not Path(f"/proc/{pid}/cmdline").exists()
+
+
+AHEAD = """
+import sys
+from flows import server
+from kpmask.errors import RunFailed
+server.start_ahead()
+server.start_ahead()
+(ahead,) = server._ahead
+print("prefect" in sys.modules)
+try:
+    with server.prefect_api():
+        print(server._own == [ahead], server._ahead)
+except RunFailed as error:
+    print(error.code, server._own, server._ahead, ahead.process.poll() is not None)
+"""
+
+
+def said_of_start_ahead(**environ: str) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", AHEAD],
+        env={**os.environ, **environ},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return done.stdout.splitlines()
+
+
+def test_the_server_comes_up_while_prefect_is_imported() -> None:
+    assert said_of_start_ahead() == ["False", "True []"]
+
+
+def test_a_server_that_a_settings_file_names_is_the_only_one(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}/api"
+    profile = f'active = "far"\n[profiles.far]\nPREFECT_API_URL = "{url}"\n'
+    (tmp_path / "profiles.toml").write_text(profile)
+    said = said_of_start_ahead(PREFECT_HOME=str(tmp_path))
+    assert said == ["False", "server_unavailable [] [] True"]
 
 
 # --- the chain -------------------------------------------------------------------------------
