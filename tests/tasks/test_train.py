@@ -578,29 +578,6 @@ def _interrupted(wanted: TrainJob) -> None:
     assert driver.returncode == 130, "".join([*seen, output])
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
-def test_two_ray_workers_stop_on_ctrl_c_and_go_on(data: str, tmp_path: Path) -> None:
-    settings = {"phases.0.max_steps": 150, "phases.1.max_steps": 4, "checkpoint_every_steps": 100}
-    wanted = job(data, tmp_path, num_workers=2, sample_every_steps=100, **settings)
-    _interrupted(wanted)
-    (first,) = (tmp_path / "checkpoints").iterdir()
-    stopped_at = json.loads((first / "checkpoint.json").read_text())["step"]
-    assert 0 < stopped_at < 150
-    before = losses(tmp_path)
-    assert len(before) == stopped_at
-    seen: list[Progress] = []
-    manifest = train(wanted, on_progress=seen.append)
-    assert manifest.num_steps == 154
-    assert seen[0].done > stopped_at
-    assert seen[-1].done == seen[-1].total == 154
-    rows = losses(tmp_path)
-    assert rows[:stopped_at] == before
-    assert [row[1] for row in rows] == [*range(1, 151), *range(1, 5)]
-    assert np.mean([row[2] for row in rows[140:150]]) < np.mean([row[2] for row in rows[:10]])
-
-
 def _training_pids() -> list[int]:
     """The processes of Ray Train's workers on this machine."""
     found = []
@@ -614,22 +591,38 @@ def _training_pids() -> list[int]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
-def test_a_run_goes_on_exactly_after_a_worker_was_killed(tmp_path: Path) -> None:
+def test_a_run_goes_on_exactly_after_ctrl_c_and_after_a_worker_was_killed(tmp_path: Path) -> None:
     """Two workers and a single clip: fewer clips than workers."""
     data = make_dataset(tmp_path / "data", num_train=1)
-    settings = {"phases.0.max_steps": 200, "phases.1.max_steps": 20, "num_repeats": 40}
-    rhythm = {"num_workers": 2, "checkpoint_every_steps": 10, "sample_every_steps": 500}
+    steps = {"phases.0.max_steps": 100, "phases.1.max_steps": 8, "num_repeats": 40}
+    rhythm = {"checkpoint_every_steps": 10, "validate_every_steps": 20, "sample_every_steps": 500}
+    settings = {"num_workers": 2, **steps, **rhythm}
+    out = tmp_path / "disturbed"
+    _interrupted(job(data, out, **settings | {"checkpoint_every_steps": 200}))
+    (left,) = (out / "checkpoints").iterdir()
+    stopped_at = json.loads((left / "checkpoint.json").read_text())["step"]
+    assert 0 < stopped_at < 100
+    before = losses(out)
+    assert len(before) == stopped_at
+    seen: list[Progress] = []
     killed: list[int] = []
 
     def kill(progress: Progress) -> None:
-        if not killed and progress.done > 15:
+        seen.append(progress)
+        if not killed and progress.done > stopped_at + 10:  # of which there is a checkpoint
             killed.append(_training_pids()[-1])
             os.kill(killed[0], signal.SIGKILL)
 
-    train(job(data, tmp_path / "killed", **settings, **rhythm), on_progress=kill)
-    train(job(data, tmp_path / "whole", **settings, **rhythm))
+    manifest = train(job(data, out, **settings), on_progress=kill)
     assert killed
-    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+    assert seen[0].done > stopped_at
+    assert manifest.num_steps == seen[-1].done == seen[-1].total == 108
+    rows = losses(out)
+    assert rows[:stopped_at] == before
+    assert [row[1] for row in rows] == [*range(1, 101), *range(1, 9)]
+    assert np.mean([row[2] for row in rows[90:100]]) < np.mean([row[2] for row in rows[:10]])
+    train(job(data, tmp_path / "whole", **settings))
+    assert_same_run(out, tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -648,7 +641,7 @@ def test_a_run_goes_on_with_the_workers_that_can_be_had(
             there["CPU"] = 1.0
             os.kill(_training_pids()[-1], signal.SIGKILL)
 
-    settings = {"phases.0.max_steps": 200, "phases.1.max_steps": 20, "min_workers": 1}
+    settings = {"phases.0.max_steps": 80, "phases.1.max_steps": 8, "min_workers": 1}
     wanted = job(data, tmp_path, num_workers=2, checkpoint_every_steps=10, **settings)
     seen: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -657,7 +650,7 @@ def test_a_run_goes_on_with_the_workers_that_can_be_had(
     assert there["CPU"] == 1
     assert ["1 of 2" in text for text in seen] == [True]
     rows = losses(tmp_path)
-    assert [row[1] for row in rows] == [*range(1, 201), *range(1, 21)]
+    assert [row[1] for row in rows] == [*range(1, 81), *range(1, 9)]
     with pytest.raises(ConfigError, match="min_workers 3 is more than num_workers 2"):
         job(data, tmp_path, num_workers=2, min_workers=3)
 
