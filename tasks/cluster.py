@@ -17,22 +17,29 @@ import itertools
 import logging
 import os
 import random
-import re
 import secrets
 import shutil
 import socket
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Final, Generic, Literal, Protocol, TypeVar
 
 from kpmask.config import Cluster
 from kpmask.errors import ConfigError, ItemError, KpmaskError, RunFailed
 from kpmask.records import Failure, Progress
+from tasks.actors import (
+    Reply,
+    Variables,
+    death_cause,
+    error_reply,
+    first_line,
+    kill,
+    reply_of,
+    shortened,
+)
 from tasks.outage import MIN_REFUSALS, Outage, pause_s, store_is_away
 
 log = logging.getLogger(__name__)
@@ -47,8 +54,6 @@ STARVED_S: Final = 0.05  # until a source that had nothing is asked again
 LOOK_S: Final = 5.0  # between two looks at how large the cluster is
 CONNECT_TIMEOUT_S: Final = 10.0
 MAX_START_DEATHS: Final = 3
-MAX_CAUSE_CHARACTERS: Final = 500
-FORWARDED_PREFIXES: Final = ("AWS_", "KPMASK_")
 
 _jitter = random.Random()  # noqa: S311 - of its own: the caller's random state is not touched
 
@@ -111,7 +116,7 @@ def _start(address: str, num_cpus: int | None) -> None:
         ray.init(address=address, **quiet)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"no Ray cluster answers at {address}: {_first_line(error)}",
+            f"no Ray cluster answers at {address}: {first_line(error)}",
             subject="RAY_ADDRESS",
             hint="start one (ray start --head), or unset it to use this machine",
         ) from error
@@ -363,25 +368,6 @@ def run_bundles(
 
 
 @dataclass(frozen=True, slots=True)
-class _Reply:
-    """What an actor's method returns. Exceptions travel in it as data, so that one that does not
-    pickle can do no harm and that what `ray.get` raises is about processes only.
-
-    The value of a bundle's "result" is a list of replies, one for each item.
-    """
-
-    kind: Literal["result", "item", "abort", "bug"]
-    value: Any = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Settings:
-    """Environment variables for a worker; not shown, for there are secrets among them."""
-
-    variables: Mapping[str, str] = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True)
 class _Made:
     """How a worker is made, and whether it takes a bundle or one item."""
 
@@ -391,56 +377,33 @@ class _Made:
 
 
 class _Host:
-    """The actor: holds a worker, and answers with `_Reply`."""
+    """The actor: holds a worker, and answers with `Reply`."""
 
-    def __init__(self, settings: _Settings) -> None:
-        os.environ.update(settings.variables)
+    def __init__(self, variables: Variables) -> None:
+        os.environ.update(variables.values)
         self._worker: Any = None
         self._in_bundles = False
 
     def up(self) -> None:
         """Returns as soon as the process runs."""
 
-    def start(self, made: _Made) -> _Reply:
+    def start(self, made: _Made) -> Reply:
         def make() -> None:
             self._in_bundles = made.in_bundles
             self._worker = made.worker(*made.args)
 
-        return _reply_of(make)
+        return reply_of(make)
 
-    def process(self, items: tuple[Any, ...]) -> _Reply:
-        return _reply_of(lambda: self._replies(items))
+    def process(self, items: tuple[Any, ...]) -> Reply:
+        return reply_of(lambda: self._replies(items))
 
-    def _replies(self, items: tuple[Any, ...]) -> list[_Reply]:
+    def _replies(self, items: tuple[Any, ...]) -> list[Reply]:
         if not self._in_bundles:
-            return [_Reply("result", self._worker.process(item)) for item in items]
+            return [Reply("result", self._worker.process(item)) for item in items]
         found = list(self._worker.process(items))
         if len(found) != len(items):
             raise ValueError(f"{len(found)} results of {len(items)} items")
-        return [
-            _error_reply(x) if isinstance(x, KpmaskError) else _Reply("result", x) for x in found
-        ]
-
-
-def _reply_of(call: Callable[[], Any]) -> _Reply:
-    try:
-        return _Reply("result", call())
-    except KpmaskError as error:
-        return _error_reply(error)
-    except Exception as error:
-        log.exception("unexpected")
-        return _Reply("bug", _bug_text(error))
-
-
-def _error_reply(error: KpmaskError) -> _Reply:
-    return _Reply("item" if isinstance(error, ItemError) else "abort", error)
-
-
-def _bug_text(error: Exception) -> str:
-    """Type, message, and the place of ours where it was raised."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
-    return _shortened(f"{type(error).__name__}: {error}{place}")
+        return [error_reply(x) if isinstance(x, KpmaskError) else Reply("result", x) for x in found]
 
 
 @dataclass(slots=True, eq=False)
@@ -576,14 +539,13 @@ class _Pool(Generic[T, R]):
     def _add_actor(self) -> None:
         import ray
 
-        variables = {k: v for k, v in os.environ.items() if k.startswith(FORWARDED_PREFIXES)}
         host: Any = ray.remote(
             num_cpus=self._cluster.cpus_per_worker,
             num_gpus=self._cluster.gpus_per_worker,
             max_restarts=0,
             max_task_retries=0,
         )(_Host)
-        actor = host.remote(_Settings(variables))
+        actor = host.remote(Variables.ours())
         self._slots[actor.up.remote()] = _Slot(actor)
 
     # --- sending
@@ -655,7 +617,7 @@ class _Pool(Generic[T, R]):
         try:
             reply = ray.get(reference)
         except exceptions.RayTaskError as error:  # the answer could not be sent, say
-            reply = _Reply("bug", _shortened(f"{type(error.cause).__name__}: {error.cause}"))
+            reply = Reply("bug", shortened(f"{type(error.cause).__name__}: {error.cause}"))
         except exceptions.RayError as error:
             self._buried(slot, error)
             return
@@ -668,7 +630,7 @@ class _Pool(Generic[T, R]):
         else:
             self._processed(slot, reply)
 
-    def _started(self, slot: _Slot[T], reply: _Reply) -> None:
+    def _started(self, slot: _Slot[T], reply: Reply) -> None:
         if reply.kind == "result":
             self._start_deaths = 0
             if self._start_refused:
@@ -679,11 +641,11 @@ class _Pool(Generic[T, R]):
             self._fail_start(reply.value)
         elif self._can_wait(reply.value, MIN_REFUSALS):
             self._start_refused = True
-            _kill(slot.actor)  # the next look adds another
+            kill(slot.actor)  # the next look adds another
         else:
             self._abort = self._abort or reply.value
 
-    def _processed(self, slot: _Slot[T], reply: _Reply) -> None:
+    def _processed(self, slot: _Slot[T], reply: Reply) -> None:
         bundle = slot.bundle
         self._release(slot)
         if reply.kind == "result":
@@ -695,7 +657,7 @@ class _Pool(Generic[T, R]):
         else:
             self._settle(bundle[0], reply)
 
-    def _settle_each(self, bundle: Sequence[_Task[T]], replies: Sequence[_Reply]) -> None:
+    def _settle_each(self, bundle: Sequence[_Task[T]], replies: Sequence[Reply]) -> None:
         refused = []
         for task, reply in zip(bundle, replies, strict=True):
             if reply.kind == "abort":
@@ -707,7 +669,7 @@ class _Pool(Generic[T, R]):
             worst = next((error for error in errors if not store_is_away(error)), errors[0])
             self._refused([task for task, _ in refused], worst)
 
-    def _settle(self, task: _Task[T], reply: _Reply) -> None:
+    def _settle(self, task: _Task[T], reply: Reply) -> None:
         if reply.kind == "result":
             self._outage.answered()
             self._finish(task, result=reply.value)
@@ -772,8 +734,8 @@ class _Pool(Generic[T, R]):
 
     def _buried(self, slot: _Slot[T], error: Exception) -> None:
         """An actor died (or cannot be reached, and is killed to be sure): replace it."""
-        _kill(slot.actor)
-        cause = _death_cause(error)
+        kill(slot.actor)
+        cause = death_cause(error)
         log.warning("%s: a worker died: %s", self._names.pool, cause)
         if not slot.bundle:
             self._start_deaths += "node has died" not in str(error)  # whoever was on it
@@ -808,7 +770,7 @@ class _Pool(Generic[T, R]):
             if slot.deadline > now:
                 continue
             del self._slots[reference]
-            _kill(slot.actor)
+            kill(slot.actor)
             self._late(slot.bundle)
             self._fill()
 
@@ -824,7 +786,7 @@ class _Pool(Generic[T, R]):
     def kill(self) -> None:
         """End every actor at once, whatever it is doing."""
         for slot in [*self._slots.values(), *self._idle]:
-            _kill(slot.actor)
+            kill(slot.actor)
         self._slots.clear()
         self._idle.clear()
 
@@ -872,36 +834,6 @@ def _refuse_if_none_fits(cluster: Cluster, also_cpus: float) -> None:
     )
 
 
-def _kill(actor: Any) -> None:  # noqa: ANN401 - an ActorHandle
-    import ray
-
-    # Ray may be down already, when the session ends before the caller's generator is collected.
-    with contextlib.suppress(ray.exceptions.RayError, RuntimeError, ValueError):
-        ray.kill(actor, no_restart=True)
-
-
 def _item_cause(error: ItemError) -> str:
     """The error's text without its subject, which the failure names already."""
-    return _shortened(f"{error.cause} ({error.hint})" if error.hint else error.cause)
-
-
-def _death_cause(error: Exception) -> str:
-    """How the process ended, out of Ray's long story."""
-    text = str(error)
-    detail = re.search(
-        r"exit type: (\w+)\s+Worker exit detail: (.+?)(?= Some common causes|$)", text
-    )
-    if detail:
-        return _shortened(f"the worker process died: {detail[1]}: {detail[2]}")
-    if "creation task" in text:  # then the error itself stands at the end
-        return _shortened(f"the worker could not be made: {text.strip().splitlines()[-1]}")
-    return _shortened(f"the worker process died: {type(error).__name__}: {_first_line(error)}")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
-
-
-def _shortened(text: str) -> str:
-    over = len(text) > MAX_CAUSE_CHARACTERS
-    return f"{text[: MAX_CAUSE_CHARACTERS - 1]}…" if over else text
+    return shortened(f"{error.cause} ({error.hint})" if error.hint else error.cause)

@@ -38,7 +38,7 @@ from kpmask.records import (
 )
 from kpmask.report.gallery import poster, poster_key
 from tasks import storage
-from tasks.cluster import FORWARDED_PREFIXES, _death_cause, _kill, _Reply, _reply_of, _Settings
+from tasks.actors import Reply, Variables, death_cause, kill, reply_of
 from tasks.deliver import (
     PREVIEW_CRF,
     claim_of,
@@ -437,15 +437,15 @@ class Media(Protocol):
 
 
 class _Host:
-    """The actor: holds a worker, and answers with `_Reply`."""
+    """The actor: holds a worker, and answers with `Reply`."""
 
-    def __init__(self, variables: _Settings, settings: MediaSettings) -> None:
-        os.environ.update(variables.variables)
+    def __init__(self, variables: Variables, settings: MediaSettings) -> None:
+        os.environ.update(variables.values)
         self._settings = settings
         self._worker: MediaWorker | None = None
 
-    def call(self, method: str, *args: Any) -> _Reply:  # noqa: ANN401 - the method's own types
-        return _reply_of(lambda: getattr(self._made(), method)(*args))
+    def call(self, method: str, *args: Any) -> Reply:  # noqa: ANN401 - the method's own types
+        return reply_of(lambda: getattr(self._made(), method)(*args))
 
     def _made(self) -> MediaWorker:
         """The worker, made by the first call: its answer says if that fails."""
@@ -467,7 +467,6 @@ class RemoteMedia:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         node_id = ray.get_runtime_context().get_node_id()
-        variables = {k: v for k, v in os.environ.items() if k.startswith(FORWARDED_PREFIXES)}
         # Without the last it would wait for this node, however much room there is elsewhere.
         strategy: Any = NodeAffinitySchedulingStrategy(
             node_id, soft=True, _spill_on_unavailable=True
@@ -475,7 +474,7 @@ class RemoteMedia:
         host: Any = ray.remote(
             num_cpus=num_cpus, max_restarts=0, max_task_retries=0, scheduling_strategy=strategy
         )(_Host)
-        return cls(host.remote(_Settings(variables), settings))
+        return cls(host.remote(Variables.ours(), settings))
 
     def call(self, method: str, *args: Any) -> Ref:  # noqa: ANN401 - as `Media` says
         return self._actor.call.remote(method, *args)
@@ -490,7 +489,7 @@ class RemoteMedia:
             cause = f"{type(error.cause).__name__}: {error.cause}"
             raise WorkerError(cause, code="bug") from error
         except exceptions.RayError as error:
-            raise WorkerError(_death_cause(error), retryable=True) from error
+            raise WorkerError(death_cause(error), retryable=True) from error
         return _value_of(reply)
 
     def ready(self, ref: Ref) -> bool:
@@ -499,14 +498,14 @@ class RemoteMedia:
         return bool(ray.wait([ref], timeout=0)[0])
 
     def kill(self) -> None:
-        _kill(self._actor)
+        kill(self._actor)
 
 
 class LocalMedia:
     """`Media` in this process: a call is over when `call` returns."""
 
     def __init__(self, settings: MediaSettings) -> None:
-        self._host = _Host(_Settings({}), settings)
+        self._host = _Host(Variables({}), settings)
 
     @classmethod
     def start(cls, settings: MediaSettings, *, num_cpus: float = 0) -> Self:
@@ -526,7 +525,7 @@ class LocalMedia:
         self._host.call("abandon")
 
 
-def _value_of(reply: _Reply) -> Any:  # noqa: ANN401 - the method's own type
+def _value_of(reply: Reply) -> Any:  # noqa: ANN401 - the method's own type
     if reply.kind == "result":
         return reply.value
     if reply.kind == "bug":

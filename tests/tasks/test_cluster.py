@@ -31,6 +31,7 @@ from kpmask.errors import (
 )
 from kpmask.records import Failure, Progress
 from tasks import cluster as cluster_module
+from tasks.actors import Variables
 from tasks.cluster import PENDING, Outcome, Pending, ray_session, run_bundles, run_items
 from tests.support.ray_nodes import kill_node, ray_nodes
 from tests.support.weed import free_ports
@@ -718,8 +719,7 @@ def test_our_variables_reach_the_workers(tmp_path, monkeypatch):
         "KPMASK_CACHE": "/some/where",
         "SOMETHING_ELSE": None,
     }
-    settings = cluster_module._Settings({"AWS_SECRET_ACCESS_KEY": "hidden-1"})
-    assert "hidden-1" not in repr(settings)
+    assert "hidden-1" not in repr(Variables({"AWS_SECRET_ACCESS_KEY": "hidden-1"}))
 
 
 def test_an_item_costs_milliseconds(tmp_path):
