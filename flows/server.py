@@ -136,7 +136,7 @@ def _spawn(listener: socket.socket, auth: str, log: int) -> subprocess.Popen[byt
         "PREFECT__SERVER_FINAL": "1",
     }
     return subprocess.Popen(  # noqa: S603 - this very interpreter, and two numbers
-        [sys.executable, "-m", "flows.server", str(listener.fileno()), str(os.getpid())],
+        [sys.executable, "-P", "-m", "flows.server", str(listener.fileno()), str(os.getpid())],
         env=environ,
         pass_fds=[listener.fileno()],
         stdin=subprocess.DEVNULL,

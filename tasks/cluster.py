@@ -25,7 +25,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, Generic, Literal, Protocol, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Protocol, TypeVar
 
 from kpmask.config import Cluster
 from kpmask.errors import ConfigError, ItemError, KpmaskError, RunFailed
@@ -42,6 +43,9 @@ from tasks.actors import (
 )
 from tasks.outage import MIN_REFUSALS, Outage, pause_s, store_is_away
 
+if TYPE_CHECKING:
+    from ray.job_config import JobConfig
+
 log = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES: Final = 512 * 2**20  # records and small arrays only: pixels travel in files
@@ -54,6 +58,7 @@ STARVED_S: Final = 0.05  # until a source that had nothing is asked again
 LOOK_S: Final = 5.0  # between two looks at how large the cluster is
 CONNECT_TIMEOUT_S: Final = 10.0
 MAX_START_DEATHS: Final = 3
+ROOT: Final = str(Path(__file__).parents[1])
 
 _jitter = random.Random()  # noqa: S311 - of its own: the caller's random state is not touched
 
@@ -93,6 +98,7 @@ def _start(address: str, num_cpus: int | None) -> None:
 
     # Ray stretches the driver's logging otherwise, and prints every worker's lines.
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    quiet["job_config"] = _job_config()
     if not address or address == "local":
         with _few_processes():
             ray.init(
@@ -120,6 +126,22 @@ def _start(address: str, num_cpus: int | None) -> None:
             subject="RAY_ADDRESS",
             hint="start one (ray start --head), or unset it to use this machine",
         ) from error
+
+
+def _job_config() -> JobConfig:
+    """Have workers import this package, whatever lies in the folder in which a command was typed.
+
+    Ray puts that folder first on their path, and `tasks.py` is what many a project has.
+    """
+    from ray.job_config import JobConfig
+
+    class OursFirst(JobConfig):
+        def _serialize(self) -> str:
+            if ROOT not in self._py_driver_sys_path:
+                self._py_driver_sys_path.append(ROOT)  # the last is put before the others
+            return super()._serialize()
+
+    return OursFirst()
 
 
 def _object_store_bytes() -> int:

