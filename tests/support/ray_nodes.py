@@ -16,6 +16,13 @@ from pathlib import Path
 
 RAY = str(Path(sys.executable).parent / "ray")
 START_TIMEOUT_S = 180
+WAIT = """
+import sys, time
+import ray
+ray.init(log_to_driver=False, logging_level=40)
+while sum(node["Alive"] for node in ray.nodes()) < int(sys.argv[1]):
+    time.sleep(0.1)
+"""
 
 
 @dataclass
@@ -33,28 +40,14 @@ class Nodes:
         self.workers.append(process)
         return process
 
-    def num_alive(self) -> int:
-        """How many nodes the head knows to be alive."""
-        code = (
-            "import ray; ray.init(log_to_driver=False, logging_level=40);"
-            "print('alive', sum(n['Alive'] for n in ray.nodes()))"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", code],
+    def wait_for(self, count: int) -> None:
+        """Wait until the head knows so many nodes to be alive."""
+        subprocess.run(
+            [sys.executable, "-c", WAIT, str(count)],
             env=self.environment | {"RAY_ADDRESS": self.address},
-            capture_output=True,
-            text=True,
             check=True,
             timeout=START_TIMEOUT_S,
         )
-        return int(done.stdout.split("alive")[-1])
-
-    def wait_for(self, count: int) -> None:
-        """Wait until so many nodes are there."""
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while self.num_alive() < count:
-            assert time.monotonic() < deadline, "the nodes do not come up"
-            time.sleep(0.5)
 
 
 @contextmanager

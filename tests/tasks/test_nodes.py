@@ -19,7 +19,7 @@ from kpmask.media.encode import encode
 from tasks.storage import open_store
 from tests.support.ray_nodes import kill_node, ray_nodes
 
-NUM_VIDEOS = 40
+NUM_VIDEOS = 24
 RUN = """
 import sys
 from kpmask.config import PreprocessJob
