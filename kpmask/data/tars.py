@@ -21,7 +21,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from types import TracebackType
 from typing import Any, BinaryIO, Self, TypeVar
 
 from kpmask.config import MediaLimits
@@ -54,12 +53,7 @@ class SampleTar:
         self._tar = tarfile.open(self._path, "w", format=tarfile.USTAR_FORMAT)
         return self
 
-    def __exit__(
-        self,
-        error_type: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         if error_type is None:
             self._tar.close()
         elif self._tar.fileobj is not None:
