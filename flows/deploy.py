@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from signal import SIGTERM
 from typing import Any, Final
 from uuid import UUID
@@ -59,6 +60,8 @@ from kpmask.records import digest
 
 log = logging.getLogger(__name__)
 
+ROOT: Final = Path(__file__).resolve().parents[1]
+PACKAGES: Final = ("kpmask", "tasks", "flows")
 POOL: Final = "kpmask"
 SCHEDULED: Final = "preprocess"
 MIN_INTERVAL_S: Final = 5.0  # how often Prefect looks for new schedules
@@ -132,10 +135,12 @@ def serve(
     process left behind when it was killed are marked as crashed, so that they hold no place.
 
     Raises:
-        ConfigError, RunFailed: as `register`; code `busy`: another process serves these.
+        ConfigError: as `register`; this folder has modules that runs would take for ours.
+        RunFailed: as `register`; code `busy`: another process serves these.
     """
     deployments = build(jobs, cron=cron, every_s=every_s, timezone=timezone, name=name)
     _need_server()
+    _need_own_modules(Path.cwd())
     names = [deployment.full_name for deployment in deployments]
     with prefect_api(), _served_here_alone(name):
         _end_lost_runs(names)
@@ -301,6 +306,18 @@ def _need_server() -> None:
             subject="PREFECT_API_URL",
             hint="start one with `prefect server start` and set PREFECT_API_URL to its /api",
         )
+
+
+def _need_own_modules(folder: Path) -> None:
+    """Refuse a folder whose modules a run would import for ours: Prefect looks there first."""
+    for name in PACKAGES:
+        for path in (folder / f"{name}.py", folder / name / "__init__.py"):
+            if path.is_file() and ROOT not in path.resolve().parents:
+                raise ConfigError(
+                    f"it has a module {name!r} of its own, which runs would import, not kpmask's",
+                    subject=str(folder),
+                    hint="serve from another folder",
+                )
 
 
 def _ensure_pool(pool: str) -> None:

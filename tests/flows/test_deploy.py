@@ -135,6 +135,19 @@ def test_without_a_server_there_is_nothing_to_register_with() -> None:
         deploy.register({"preprocess": JOB}, cron=None)
 
 
+@pytest.mark.parametrize("path", ["tasks.py", "flows/__init__.py"])
+def test_a_folder_with_modules_of_our_names_is_refused(
+    named: str, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefect would have runs import them, and say that a coroutine was cancelled."""
+    (tmp_path / path).parent.mkdir(exist_ok=True)
+    (tmp_path / path).touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="serve from another folder") as raised:
+        deploy.serve({"preprocess": JOB}, cron=None)
+    assert raised.value.subject == str(tmp_path)
+
+
 # --- served ----------------------------------------------------------------------------------
 
 SERVE = """
