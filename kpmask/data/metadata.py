@@ -10,7 +10,7 @@
 - Published tables are dirty. A row that repeats another is dropped as `duplicate_row`; a row that
   would write the clip of another, with another box, as `duplicate_name` (the first one stays). An
   identity in both splits stays in `test` and its `train` rows are refused, so that no test person
-  is trained on. (That takes all rows at once: `read_metadata` does it, `iter_metadata` does not.)
+  is trained on. (That takes all rows at once: `iter_metadata` leaves it to whoever has them.)
 """
 
 from __future__ import annotations
@@ -78,26 +78,6 @@ def iter_metadata(path: Path) -> Iterator[SourceRow | Failure]:
             yield result
     if num_rows == 0:
         raise ConfigError("the table has no rows", subject=str(path), code="nothing_to_do")
-
-
-def read_metadata(path: Path) -> tuple[list[SourceRow], list[Failure]]:
-    """The usable rows of a table in the order of the file, and a failure for every other row.
-
-    Raises:
-        ConfigError: as `iter_metadata`.
-    """
-    rows: list[SourceRow] = []
-    failures: list[Failure] = []
-    for result in iter_metadata(path):
-        if isinstance(result, Failure):
-            failures.append(result)
-        else:
-            rows.append(result)
-    for check in (_repeated_rows, leaking_rows, _repeated_names):
-        refused = check(rows)
-        rows = [row for row in rows if row.line not in refused]
-        failures += [_failure(path, line, error) for line, error in refused.items()]
-    return rows, sorted(failures, key=lambda failure: int(failure.item.rpartition(":")[2]))
 
 
 def clip_name(row: SourceRow, *, start_frame: int | None, end_frame: int | None) -> str:
@@ -416,18 +396,6 @@ def _box(text: str, ref_size_px: tuple[int, int]) -> Box:
 # --- checks across rows ----------------------------------------------------------------------
 
 
-def _repeated_rows(rows: list[SourceRow]) -> dict[int, RowError]:
-    """Rows that say what an earlier one says, by line."""
-    first: dict[object, int] = {}
-    refused = {}
-    for row in rows:
-        key = tuple(getattr(row, name) for name in SourceRow.__slots__ if name != "line")
-        if key in first:
-            refused[row.line] = RowError(f"repeats line {first[key]}", code="duplicate_row")
-        first.setdefault(key, row.line)
-    return refused
-
-
 def leaking_rows(rows: list[SourceRow]) -> dict[int, RowError]:
     """Training rows of identities that are tested on, by line."""
     tested = {row.identity for row in rows if row.partition == "test"}
@@ -436,19 +404,6 @@ def leaking_rows(rows: list[SourceRow]) -> dict[int, RowError]:
         for row in rows
         if row.partition == "train" and row.identity in tested
     }
-
-
-def _repeated_names(rows: list[SourceRow]) -> dict[int, RowError]:
-    """Rows whose clip would have the name of an earlier row's, by line."""
-    first: dict[str, int] = {}
-    refused = {}
-    for row in rows:
-        name = clip_name(row, start_frame=row.start_frame, end_frame=row.end_frame)
-        if name in first:
-            cause = f"the clip {name!r} is line {first[name]}'s already"
-            refused[row.line] = RowError(cause, code="duplicate_name")
-        first.setdefault(name, row.line)
-    return refused
 
 
 def _failure(path: Path, line: int, error: RowError) -> Failure:

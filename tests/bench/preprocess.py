@@ -35,7 +35,7 @@ import cv2
 import numpy as np
 
 from kpmask.config import Clips, MediaLimits, Storage, Subject
-from kpmask.data.metadata import raw_stem, read_metadata
+from kpmask.data.metadata import raw_stem
 from kpmask.data.shards import ShardWriter, clip_info, num_clips, read_clip
 from kpmask.demo.videos import COLUMNS, film, plan_takes
 from kpmask.media.encode import encode
@@ -43,6 +43,7 @@ from kpmask.media.images import decode_image
 from kpmask.media.probe import probe
 from kpmask.preprocess import CutClip, CutSettings, cut_clips, plan_clips
 from kpmask.records import SourceRow
+from tests.support.metadata import read_metadata
 
 LIMITS, STORAGE = MediaLimits(), Storage()
 DRAWN_SIZE_PX, DRAWN_S, DRAWN_FPS = (1280, 720), 40, Fraction(25)

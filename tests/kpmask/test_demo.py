@@ -16,7 +16,6 @@ from PIL import Image
 
 from kpmask.config import MediaLimits
 from kpmask.data.catalog import RowDefaults, iter_catalog
-from kpmask.data.metadata import read_metadata
 from kpmask.demo import write_demo_catalog, write_demo_videos
 from kpmask.demo.figures import MOTIONS, OUTLINE
 from kpmask.demo.videos import BOX, FORMATS, film, plan_takes
@@ -25,6 +24,7 @@ from kpmask.media.probe import probe
 from kpmask.records import CatalogRow, Progress
 from tasks.demo import NUM_VIDEOS as NUM_SHOWN
 from tasks.demo import SEED
+from tests.support.metadata import read_metadata
 
 NUM_VIDEOS = 6  # three people; one is held out
 

@@ -16,7 +16,6 @@ import pytest
 
 from kpmask import preprocess
 from kpmask.config import Clips, MediaLimits, Quality, Storage, Subject
-from kpmask.data.metadata import read_metadata
 from kpmask.data.quality import ClipMeter, Measures
 from kpmask.errors import MediaError
 from kpmask.media.decode import frames
@@ -25,6 +24,7 @@ from kpmask.media.images import decode_image, encode_png
 from kpmask.media.probe import probe
 from kpmask.preprocess import CutClip, CutSettings, cut_clips, frames_until, plan_clips
 from kpmask.records import ClipPlan, Failure, SourceRow, VideoProbe
+from tests.support.metadata import read_metadata
 
 CLIPS = Clips(size_px=32, min_frames=4, fit="stretch")
 SIZE = (64, 48)

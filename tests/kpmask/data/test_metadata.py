@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from kpmask.data import metadata
-from kpmask.data.metadata import clip_name, iter_metadata, read_metadata
+from kpmask.data.metadata import clip_name, iter_metadata
 from kpmask.errors import ConfigError
 from kpmask.records import Failure, SourceRow
+from tests.support.metadata import read_metadata
 
 HEADER = "video_id,start,end,bbox,fps,width,height,partition"
 ROW = "abc,0,64,10-20-110-120,25,640,480,train"

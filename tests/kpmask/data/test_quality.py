@@ -20,12 +20,12 @@ from scipy.fft import dctn
 from kpmask.config import Clips, MediaLimits, PreprocessJob, Quality, resolve_job
 from kpmask.data.crop import crop_box
 from kpmask.data.duplicates import look_distances, near_duplicates
-from kpmask.data.metadata import read_metadata
 from kpmask.data.quality import LOOK_LENGTH, ClipMeter, Measures, check_quality, overlay_share
 from kpmask.errors import ConfigError, QualityError
 from kpmask.media.decode import Span, frames, spans
 from kpmask.media.encode import encode
 from kpmask.media.probe import probe
+from tests.support.metadata import read_metadata
 
 LIMITS = MediaLimits()
 SIDE_PX = 128

