@@ -15,6 +15,7 @@ import kpmask
 from flows import console
 from flows.changes import change_line
 from flows.dataset_cli import app as dataset_app
+from flows.importing import own_process
 from flows.options import AsJson, DryRun, JobFile, Out, Overrides, Preset, say_plan
 from flows.study_cli import app as study_app
 from flows.weights_cli import app as weights_app
@@ -789,4 +790,5 @@ def doctor(as_json: AsJson = False) -> None:
 
 def main() -> None:
     """The entry point of the `kpmask` command."""
+    own_process()
     app(prog_name="kpmask")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from flows import console
+from flows.importing import many_imports
 from flows.server import start_ahead
 from kpmask import config
 from kpmask.model_config import Part
@@ -82,7 +83,8 @@ def run_preprocess(
     job: config.PreprocessJob, *, quiet: bool
 ) -> tuple[DatasetManifest, DatasetChanges]:
     start_ahead()  # it comes up during this import
-    from flows.preprocess import preprocess_flow
+    with many_imports():
+        from flows.preprocess import preprocess_flow
 
     made = _run(preprocess_flow, job, quiet=quiet)
     return made.dataset, made.changes
@@ -90,7 +92,8 @@ def run_preprocess(
 
 def run_train(job: config.TrainJob, *, quiet: bool) -> RunManifest:
     start_ahead()  # it comes up during this import
-    from flows.train import train_flow
+    with many_imports():
+        from flows.train import train_flow
 
     console.say(f"perceptual features: {job.perceptual}")
     manifest: RunManifest = _run(train_flow, job, quiet=quiet)
@@ -99,7 +102,8 @@ def run_train(job: config.TrainJob, *, quiet: bool) -> RunManifest:
 
 def run_animate(job: config.AnimateJob, *, quiet: bool) -> CatalogManifest:
     start_ahead()  # it comes up during this import
-    from flows.animate import animate_flow
+    with many_imports():
+        from flows.animate import animate_flow
 
     manifest: CatalogManifest = _run(animate_flow, job, quiet=quiet)
     return manifest
@@ -107,7 +111,8 @@ def run_animate(job: config.AnimateJob, *, quiet: bool) -> CatalogManifest:
 
 def run_animate_pair(job: config.AnimateJob, *, quiet: bool) -> EncodedVideo:
     """One pair, without Prefect and Ray: it starts at once."""
-    from tasks.animate import animate_pair
+    with many_imports():
+        from tasks.animate import animate_pair
 
     with console.progress_bars(quiet=quiet) as report:
         return animate_pair(job, on_progress=report)
@@ -121,7 +126,8 @@ def plan_evaluate(job: config.EvaluateJob) -> list[str]:
 
 def run_evaluate(job: config.EvaluateJob, *, quiet: bool) -> ScoreTable:
     start_ahead()  # it comes up during this import
-    from flows.evaluate import evaluate_flow
+    with many_imports():
+        from flows.evaluate import evaluate_flow
 
     scores: ScoreTable = _run(evaluate_flow, job, quiet=quiet)
     return scores
@@ -129,7 +135,8 @@ def run_evaluate(job: config.EvaluateJob, *, quiet: bool) -> ScoreTable:
 
 def run_compare(job: config.CompareJob, *, quiet: bool) -> Comparison:
     start_ahead()  # it comes up during this import
-    from flows.compare import compare_flow
+    with many_imports():
+        from flows.compare import compare_flow
 
     console.say(f"perceptual features: {job.train.perceptual}")
     comparison: Comparison = _run(compare_flow, job, quiet=quiet)
@@ -185,7 +192,8 @@ def _cost(row: TableRow) -> tuple[str, str, str]:
 
 def run_demo(out: Path, *, preset: str, quiet: bool) -> Path:
     start_ahead()
-    from flows.demo import run_demo as run
+    with many_imports():
+        from flows.demo import run_demo as run
 
     with console.progress_bars(quiet=quiet) as report:
         return run(out.resolve(), preset=preset, on_progress=report)
@@ -211,7 +219,8 @@ def draw_videos(
 
 
 def rebuild_page(uri: str) -> str:
-    from tasks.report import rebuild_page as rebuild
+    with many_imports():
+        from tasks.report import rebuild_page as rebuild
 
     return rebuild(uri)
 

@@ -28,6 +28,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from flows.importing import many_imports, own_process
 from kpmask.errors import RunFailed
 
 START_TIMEOUT_S = 120.0  # the first start on a machine creates the database
@@ -179,10 +180,13 @@ def _end_with(parent: int) -> None:
 def serve(listener_fd: int, parent: int) -> None:
     """Serve Prefect's API on an inherited socket until the parent ends."""
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    import uvicorn
-    from prefect.server.api.server import create_app
-    from prefect.settings import PREFECT_HOME
+    own_process()
+    with many_imports():
+        import uvicorn
+        from prefect.server.api.server import create_app
+        from prefect.settings import PREFECT_HOME
 
+        app = create_app()
     lock = (Path(PREFECT_HOME.value()) / LOCK_NAME).open("w")
 
     class Server(uvicorn.Server):
@@ -190,7 +194,7 @@ def serve(listener_fd: int, parent: int) -> None:
             await super().startup(sockets)
             lock.close()
 
-    config = uvicorn.Config(create_app(), log_level="error", lifespan="on")
+    config = uvicorn.Config(app, log_level="error", lifespan="on")
     fcntl.flock(lock, fcntl.LOCK_EX)  # two first runs at once would both create the database
     Server(config).run(sockets=[socket.socket(fileno=listener_fd)])
 
