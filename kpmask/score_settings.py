@@ -116,7 +116,7 @@ def read_pairs(path: Path, clips: Sequence[ClipRecord]) -> Iterator[Pair | RowEr
     """
     lines = csv_lines(path)
     columns = next((row for _, row in lines), None)
-    if isinstance(columns, RowError) or columns is None or set(columns) != set(PAIR_COLUMNS):
+    if isinstance(columns, RowError) or columns is None or sorted(columns) != sorted(PAIR_COLUMNS):
         raise ConfigError(
             f"a table of pairs has the columns {' and '.join(PAIR_COLUMNS)}", subject=str(path)
         )

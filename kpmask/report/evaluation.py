@@ -17,7 +17,7 @@ from typing import Any, Final
 from kpmask.errors import ConfigError
 from kpmask.measure import covered_alike, same_tables
 from kpmask.metric_names import METRICS as METRIC_NAMES
-from kpmask.metric_names import SET_METRICS, kind_of
+from kpmask.metric_names import SET_METRICS, kind_of, missed_of
 from kpmask.records import (
     Average,
     Failure,
@@ -402,13 +402,20 @@ def _is_rival(name: str, metric: str) -> bool:
 def _best(info: MetricInfo, rivals: Sequence[_Named], average: Average) -> float | None:
     """The best value of those that compare; None where no two of them differ."""
     having = [found for found in rivals if _finite(found.value(info.name, average))]
-    shares = [found.value(info.coverage, average) for found in having]
-    if info.name.endswith(FOUND) and not covered_alike(shares):
+    if info.name.endswith(FOUND) and not _found_alike(info, having, average):
         return None
     values = {value for found in having if (value := found.value(info.name, average)) is not None}
     if len(values) < 2:
         return None
     return max(values) if info.higher_is_better else min(values)
+
+
+def _found_alike(info: MetricInfo, rivals: Sequence[_Named], average: Average) -> bool:
+    """Whether as much was found for each: frames, and where it was measured points of them."""
+    if not covered_alike([found.value(info.coverage, average) for found in rivals]):
+        return False
+    missed = [found.value(missed_of(info.name), average) for found in rivals]
+    return all(share is None for share in missed) or covered_alike(missed)
 
 
 def _finite(value: float | None) -> bool:

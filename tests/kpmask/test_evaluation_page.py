@@ -353,6 +353,16 @@ def test_found_frames_alone_have_no_best_where_coverages_differ() -> None:
     assert best_of(without)["akd_facemesh_found"] == []
 
 
+def test_lost_joints_are_no_merit() -> None:
+    """A frame counts as covered as soon as one joint of it was found."""
+    names = ("akd_movenet_found", "mkr_movenet", "coverage_movenet")
+    table = covered(evaluation(names)[0], 1, 1)
+    alike = means(table, "mkr_movenet", model=0.101, copy=0.1)
+    assert best_of(alike)["akd_movenet_found"] == ["this model"]
+    apart = means(table, "mkr_movenet", model=0.4, copy=0.1)
+    assert best_of(apart)["akd_movenet_found"] == []
+
+
 def means(table: ScoreTable, metric: str, **values: float) -> ScoreTable:
     """The table with other means of a metric, by method."""
     return dataclasses.replace(

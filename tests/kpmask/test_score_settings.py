@@ -101,7 +101,11 @@ def test_a_table_of_pairs_is_not_trusted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "source\na\n", "source,driving,colour\na,b,red\n", "source,source\na,b\n"]
+    "text",
+    [
+        *("", "source\na\n", "source,driving,colour\na,b,red\n", "source,source\na,b\n"),
+        "source,driving,source\na,b,c\n",
+    ],
 )
 def test_a_table_without_the_columns_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "pairs.csv").write_text(text)
