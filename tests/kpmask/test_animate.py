@@ -37,14 +37,6 @@ RELATIVE = ["circles", "fomm"]
 TRANSFER = Transfer()
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_animator(name: str) -> Animator:
     """Random weights with statistics that are not the initial ones."""
     system = lively_system(SYSTEMS[name])

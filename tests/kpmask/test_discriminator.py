@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +38,6 @@ _spec.loader.exec_module(slow)
 K = 3
 LOSSES = Losses(adversarial=2.0, feature_matching=(3.0, 5.0), discriminator=7.0)
 GENERATOR_TERMS = ("adversarial", "feature_matching")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def discriminator(**changes: Any) -> PatchDiscriminator:

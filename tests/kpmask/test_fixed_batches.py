@@ -36,14 +36,6 @@ SIZES = (1, 4)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make(name: str, precision: str = "plain") -> AnimationSystem[Any, Any]:
     """The preset `debug`'s system, with weights and statistics that show what it draws."""
     flags = {"data": "data", "out": "out"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -27,15 +26,6 @@ from kpmask.models import build_system
 from kpmask.models.base import Batch
 from kpmask.models.layers import gaussian_kernel
 from kpmask.perceptual import PerceptualFeatures, random_features
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
 
 DETECTOR = KeypointDetector(
     block_expansion=4, num_blocks=2, max_features=8, num_keypoints=3, scale_factor=0.5

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +46,6 @@ DETECTOR = KeypointDetector(
     block_expansion=4, num_blocks=2, max_features=8, num_keypoints=3, scale_factor=0.5
 )
 MASKS = ("heatmap", "circles", "softmax")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def fomm(**changes: Any) -> FommModel:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +48,6 @@ SIDE_PX = 16
 NUM_KEYPOINTS = 3
 DIVISOR = 5.0
 JUDGE = Discriminator(block_expansion=4, num_blocks=2, max_features=8, use_keypoints=True)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
 
 
 def monkey_net(**changes: Any) -> MonkeyNetModel:

@@ -8,7 +8,6 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,15 +101,6 @@ SYSTEMS: dict[str, AnyModel] = {
     "x2face": X2FACE,
 }
 WITHOUT_BFLOAT16 = {"x2face"}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 def unsettle(module: nn.Module) -> nn.Module:

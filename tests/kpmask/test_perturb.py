@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -15,15 +13,6 @@ from kpmask.model_config import Perturbation
 from kpmask.models.perturb import RandomPerturbation, check_strips, perturb_for_test
 
 CONFIG = Perturbation()
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
 
 
 def masks(count: int = 3, side_px: int = 64) -> Tensor:

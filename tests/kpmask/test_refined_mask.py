@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +49,6 @@ COUNT = 2
 ABLATIONS = ("none", "no_pert", "no_ref", "no_id")
 SAME_COLOURS = ColourChange(brightness=0, contrast=0, saturation=0, hue=0)
 STRONG_COLOURS = ColourChange(brightness=0.5, contrast=0.5, saturation=0.5, hue=0.5)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
 
 
 def refined_mask(**changes: Any) -> RefinedMaskModel:

@@ -34,14 +34,6 @@ from kpmask.train import (
 SIDE_PX = 32
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def job(system: str = "heatmap", **overrides: Any) -> TrainJob:
     texts = [f"{key}={value}" for key, value in overrides.items()]
     return resolve_job(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,14 +43,6 @@ assert _spec is not None
 assert _spec.loader is not None
 slow = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(slow)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # --- files in the original layouts, built from their description -----------------------------

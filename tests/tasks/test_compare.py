@@ -41,14 +41,6 @@ SYSTEMS = ("fomm", "heatmap", "circles")
 STEPS = 5
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def frames_of(number: int) -> np.ndarray:
     """A square that walks over a plain wall."""
     frames = np.full((NUM_FRAMES, SIDE_PX, SIDE_PX, 3), 20 * number, np.uint8)
@@ -114,11 +106,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def finished(data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A comparison that nothing disturbed; not to be changed."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("compared") / "whole"
     compare(job(data, out))
-    torch.set_num_threads(threads)
     return out
 
 
