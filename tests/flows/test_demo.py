@@ -111,7 +111,7 @@ def test_what_the_bundled_weights_make_comes_first(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
 def test_the_whole_of_it_in_small(bundle: Path, tmp_path: Path, ray_cluster: None) -> None:
-    page = run_demo(tmp_path / "out", preset="debug", num_videos=16, on_progress=ignore)
+    page = run_demo(tmp_path / "out", preset="debug", num_videos=8, on_progress=ignore)
     records = from_table(
         pq.read_table(page.parent / "animations" / "manifest.parquet"), AnimationRecord
     )
