@@ -32,6 +32,7 @@ from kpmask.models.keypoint_mask import CirclesSystem, KeypointMaskDriving, Keyp
 from kpmask.models.motion import relative_jacobian, relative_points, size_ratio
 from kpmask.perceptual import random_features
 from kpmask.upstream import export_upstream
+from tests.support.models import worn_norms
 
 _spec = importlib.util.spec_from_file_location(
     "model_reference", Path(__file__).with_name("model_reference.py")
@@ -77,15 +78,8 @@ def keypoint_mask(mask: str = "heatmap", **changes: Any) -> KeypointMaskModel:
 
 def scrambled(system: AnimationSystem[Any, Any]) -> AnimationSystem[Any, Any]:
     """The system in eval mode, with batch statistics and heads that a fresh one would not have."""
+    worn_norms(system)
     with torch.no_grad():
-        for module in system.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.normal_(0, 0.2)
-                assert module.running_mean is not None
-                assert module.running_var is not None
-                module.running_mean.normal_(0, 0.2)
-                module.running_var.uniform_(0.5, 2)
         detector = system.detector
         assert isinstance(detector, nn.Module)
         for name, head in detector.named_children():

@@ -35,6 +35,7 @@ from kpmask.models.monkey_net import (
 )
 from kpmask.perceptual import random_features
 from kpmask.train import Trainer, initial_system, plan_phases
+from tests.support.models import worn_norms
 
 _spec = importlib.util.spec_from_file_location(
     "model_reference", Path(__file__).with_name("model_reference.py")
@@ -66,15 +67,8 @@ def built(**changes: Any) -> MonkeyNetSystem:
     """A system in eval mode whose statistics and heads a fresh one would not have."""
     system = build_system(monkey_net(**changes))
     assert isinstance(system, MonkeyNetSystem)
+    worn_norms(system)
     with torch.no_grad():
-        for module in system.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.normal_(0, 0.2)
-                assert module.running_mean is not None
-                assert module.running_var is not None
-                module.running_mean.normal_(0, 0.2)
-                module.running_var.uniform_(0.5, 2)
         system.detector.kp.weight.normal_(0, 0.1)
         system.dense_motion.mask.weight.normal_(0, 0.1)
         system.dense_motion.residual.weight.normal_(0, 0.01)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from kpmask import Animator, checkpoint
@@ -35,6 +35,7 @@ from kpmask.models.refined_mask import RefinedMaskSystem
 from kpmask.perceptual import random_features
 from kpmask.train import Trainer, initial_system, plan_phases
 from kpmask.upstream import export_upstream
+from tests.support.models import worn_norms
 
 _spec = importlib.util.spec_from_file_location(
     "model_reference", Path(__file__).with_name("model_reference.py")
@@ -69,15 +70,7 @@ def built(config: RefinedMaskModel) -> RefinedMaskSystem:
     """In eval mode, with batch statistics that a fresh system would not have."""
     system = build_system(config)
     assert isinstance(system, RefinedMaskSystem)
-    with torch.no_grad():
-        for module in system.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.normal_(0, 0.2)
-                assert module.running_mean is not None
-                assert module.running_var is not None
-                module.running_mean.normal_(0, 0.2)
-                module.running_var.uniform_(0.5, 2)
+    worn_norms(system)
     return system.eval()
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from kpmask.animate import Animator, to_frames
@@ -22,6 +22,7 @@ from kpmask.models import build_system
 from kpmask.models.base import Batch
 from kpmask.models.x2face import X2FaceDriving, X2FaceSource, X2FaceSystem
 from kpmask.train import Trainer, initial_system, plan_phases
+from tests.support.models import worn_norms
 
 _spec = importlib.util.spec_from_file_location(
     "model_reference", Path(__file__).with_name("model_reference.py")
@@ -48,15 +49,8 @@ def built(**changes: Any) -> X2FaceSystem:
     """A system in eval mode whose statistics and heads a fresh one would not have."""
     system = build_system(x2face(**changes))
     assert isinstance(system, X2FaceSystem)
+    worn_norms(system)
     with torch.no_grad():
-        for module in system.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.normal_(0, 0.2)
-                assert module.running_mean is not None
-                assert module.running_var is not None
-                module.running_mean.normal_(0, 0.2)
-                module.running_var.uniform_(0.5, 2)
         for net in (system.embedder.net, system.driver):
             net.head.conv.weight.normal_(0, 0.03)
             net.head.conv.bias.normal_(0, 0.1)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from kpmask import checkpoint
 from kpmask.model_config import (
@@ -48,3 +49,16 @@ def save_weights(
     """The weights of a `lively_system`."""
     checkpoint.save(path, lively_system(config, seed=seed), dict(info or {}))
     return path
+
+
+def worn_norms(system: nn.Module) -> None:
+    """Give the batch norms scales and statistics that fresh ones would not have."""
+    with torch.no_grad():
+        for module in system.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_(0, 0.2)
+                assert module.running_mean is not None
+                assert module.running_var is not None
+                module.running_mean.normal_(0, 0.2)
+                module.running_var.uniform_(0.5, 2)
