@@ -12,6 +12,7 @@ A store that does not answer is nobody's fault: what needs it waits, for `cluste
 from __future__ import annotations
 
 import contextlib
+import gc
 import heapq
 import itertools
 import logging
@@ -402,6 +403,8 @@ class _Host:
     """The actor: holds a worker, and answers with `Reply`."""
 
     def __init__(self, variables: Variables) -> None:
+        # Until the worker is made: what comes before are imports, of what stays (see `start`).
+        gc.disable()
         os.environ.update(variables.values)
         self._worker: Any = None
         self._in_bundles = False
@@ -414,7 +417,11 @@ class _Host:
             self._in_bundles = made.in_bundles
             self._worker = made.worker(*made.args)
 
-        return reply_of(make)
+        try:
+            return reply_of(make)
+        finally:
+            gc.freeze()  # modules are not looked through in every collection
+            gc.enable()
 
     def process(self, items: tuple[Any, ...]) -> Reply:
         return reply_of(lambda: self._replies(items))
