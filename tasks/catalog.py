@@ -76,7 +76,7 @@ def planned_catalog(job: AnimateJob, folder: Path) -> Iterator[CatalogPlan]:
         book.refuse_motions(motions)
         _find_inputs(book, job)
         book.make_items(
-            functools.partial(_item, settings=settings),
+            functools.partial(item_of, settings=settings),
             functools.partial(feature_ids, settings=settings),
         )
         yield CatalogPlan(book, weights_sha256, settings)
@@ -166,7 +166,10 @@ def _check_motion(job: AnimateJob, system: AnimationSystem[Any, Any]) -> None:
     Transfer(job.motion, of_a_row and job.adapt_scale, of_a_row and job.best_frame).check(system)
 
 
-def _item(row: CatalogRow, source_sha256: str, driving_sha256: str, settings: str) -> AnimationItem:
+def item_of(
+    row: CatalogRow, source_sha256: str, driving_sha256: str, settings: str
+) -> AnimationItem:
+    """What a row asks for, whose id follows from that, the files' content and the settings."""
     wanted = {
         "source": source_sha256,
         "driving": driving_sha256,

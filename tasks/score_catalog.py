@@ -63,7 +63,7 @@ from kpmask.records import (
 )
 from tasks import storage
 from tasks.animate import FAILURES, MANIFEST, SUMMARY
-from tasks.catalog import _item, failure_of, settings_digest
+from tasks.catalog import failure_of, item_of, settings_digest
 from tasks.inputs import ID_LENGTH, content_digest, item_errors, local_media
 from tasks.manifest import read_record, read_table, read_table_if_any, read_table_metadata
 from tasks.storage import ObjectStore, absolute
@@ -204,7 +204,7 @@ class _Rows:
         """The item that has the record's id."""
         for row in _possible_rows(record, self._base):
             try:
-                item = _item(row, record.source_sha256, record.driving_sha256, self._settings)
+                item = item_of(row, record.source_sha256, record.driving_sha256, self._settings)
             except (ConfigError, CheckpointError):
                 continue  # its detector is not here, and could not find the crop again
             if item.item_id == record.item_id:

@@ -171,7 +171,7 @@ def _fit(job: TrainJob, on_progress: OnProgress) -> None:
             lost_worker = not isinstance(error, ray.train.ControllerError)  # else none was had
             if job.min_workers is None or (lost_worker and restarts == job.max_restarts):
                 raise RunFailed(
-                    f"the workers failed: {_first_line(error)}", code="training_failed"
+                    f"the workers failed: {_last_line(error)}", code="training_failed"
                 ) from error
             restarts += lost_worker
             count = _count_to_be_had(job, threads)
@@ -179,7 +179,7 @@ def _fit(job: TrainJob, on_progress: OnProgress) -> None:
                 "workers were lost: going on from the newest checkpoint with %d of %d (%s)",
                 count,
                 job.num_workers,
-                _first_line(error),
+                _last_line(error),
             )
     finally:
         channel.close()
@@ -268,7 +268,7 @@ class _Waiting(threading.Thread):
             self.ended.set()
 
 
-def _first_line(error: Exception) -> str:
+def _last_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kpmask.records import AnimationItem, AnimationRecord, CatalogRow, Failure, FeatureRecord
-from tasks.catalog import _item, feature_ids
+from tasks.catalog import feature_ids, item_of
 from tasks.catalog_book import CatalogBook, Input
 from tasks.catalog_work import MAX_ANIMATIONS, MAX_IMAGES, WINDOW, CatalogWork
 from tasks.cluster import Pending
@@ -36,7 +36,7 @@ def fill(book: CatalogBook, pairs: Sequence[tuple[str, str]], lengths: dict[str,
     )
     book.name_rows()
     book.set_inputs((uri, d, Input(uri, lengths[uri] if d else 0)) for uri, d in book.inputs())
-    book.make_items(partial(_item, settings=SETTINGS), partial(feature_ids, settings=SETTINGS))
+    book.make_items(partial(item_of, settings=SETTINGS), partial(feature_ids, settings=SETTINGS))
 
 
 class Workers:
