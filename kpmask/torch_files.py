@@ -69,6 +69,7 @@ def _refuse_larger_inside(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             inside_bytes = sum(part.file_size for part in archive.infolist())
+    # The second is zipfile's word for a kind of archive that it does not know.
     except (zipfile.BadZipFile, NotImplementedError) as error:
         raise ValueError(str(error)) from error
     if inside_bytes > path.stat().st_size:

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 from kpmask.config import Cluster, EvaluateJob, MediaLimits
 from kpmask.data.shards import ShardWriter
 from kpmask.media import images
-from kpmask.records import ClipRecord, to_table
+from kpmask.records import ClipRecord, Failure, ScoreTable, VideoScore, from_table, to_table
+from tasks.evaluate import evaluate
 from tests.support.models import HEATMAP, SIDE_PX, save_weights
 
 LIMITS = MediaLimits(min_side_px=16)
@@ -101,3 +102,16 @@ def job_of(out: Path, **values: Any) -> EvaluateJob:
 def model_job(inputs: Path, out: Path, **values: Any) -> EvaluateJob:
     given = {"checkpoint": str(inputs / "w.safetensors"), "data": str(inputs / "data")}
     return job_of(out, **(given | values))
+
+
+def scored(job: EvaluateJob) -> tuple[ScoreTable, dict[tuple[str, str, str], VideoScore]]:
+    """What an evaluation gives, and its rows by name, metric and method."""
+    table = evaluate(job)
+    rows = from_table(pq.read_table(Path(job.out) / "scores.parquet"), VideoScore)
+    return table, {(row.name, row.metric, row.method): row for row in rows}
+
+
+def failures_of(out: Path) -> dict[str, tuple[str, str]]:
+    """The code and cause of each item's failure."""
+    rows = from_table(pq.read_table(out / "failures.parquet"), Failure)
+    return {row.item: (row.code, row.cause) for row in rows}

@@ -37,7 +37,7 @@ from kpmask.media.encode import encode
 from kpmask.metrics.identity import csim
 from kpmask.metrics.keypoints import akd
 from kpmask.metrics.motion import akd_motion
-from kpmask.records import AnimationRecord, Failure, ScoreTable, VideoScore, from_table
+from kpmask.records import AnimationRecord, from_table
 from tasks import score_worker
 from tasks.animate import animate_catalog
 from tasks.evaluate import evaluate, plan
@@ -48,7 +48,16 @@ from tasks.storage import open_store
 from tests.support import estimators
 from tests.support.catalogs import inline_catalogs
 from tests.support.estimator_weights import need_weights
-from tests.support.evaluations import LIMITS, MODEL, SIDE_PX, job_of, some_frames, write_weights
+from tests.support.evaluations import (
+    LIMITS,
+    MODEL,
+    SIDE_PX,
+    failures_of,
+    job_of,
+    scored,
+    some_frames,
+    write_weights,
+)
 from tests.support.inline import inline_evaluation, run_inline
 
 CIRCLES = MODEL.model_copy(update={"mask": "circles"})
@@ -106,20 +115,6 @@ def scores_job(catalog: Path | str, out: Path, **values: Any) -> EvaluateJob:
     setting = ScoreSetting(kind="cross", motion=values.pop("motion", None))
     given = {"catalog": str(catalog), "metrics": METRICS, "setting": setting}
     return job_of(out, **(given | values))
-
-
-Rows = dict[tuple[str, str, str], VideoScore]
-
-
-def scored(job: EvaluateJob) -> tuple[ScoreTable, Rows]:
-    table = evaluate(job)
-    rows = from_table(pq.read_table(Path(job.out) / "scores.parquet"), VideoScore)
-    return table, {(row.name, row.metric, row.method): row for row in rows}
-
-
-def failures_of(out: Path) -> dict[str, tuple[str, str]]:
-    rows = from_table(pq.read_table(out / "failures.parquet"), Failure)
-    return {row.item: (row.code, row.cause) for row in rows}
 
 
 def records_of(catalog: Path) -> dict[str, AnimationRecord]:

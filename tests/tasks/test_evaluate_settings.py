@@ -18,10 +18,17 @@ from kpmask.errors import ConfigError, DatasetError
 from kpmask.metrics.identity import csim
 from kpmask.metrics.motion import akd_motion
 from kpmask.metrics.ssim import ssim
-from kpmask.records import Failure, FrameScores, ScoreTable, VideoScore, from_table
-from tasks.evaluate import evaluate, plan
+from kpmask.records import FrameScores, from_table
+from tasks.evaluate import plan
 from tests.support import estimators
-from tests.support.evaluations import MODEL, make_dataset, model_job, write_weights
+from tests.support.evaluations import (
+    MODEL,
+    failures_of,
+    make_dataset,
+    model_job,
+    scored,
+    write_weights,
+)
 from tests.support.inline import inline_evaluation
 
 CIRCLES = MODEL.model_copy(update={"mask": "circles"})
@@ -44,17 +51,6 @@ def _here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers run in this process, with estimators that need no weights."""
     inline_evaluation(monkeypatch)
     estimators.use(monkeypatch)
-
-
-def scored(job: Any) -> tuple[ScoreTable, dict[tuple[str, str, str], VideoScore]]:
-    table = evaluate(job)
-    rows = from_table(pq.read_table(Path(job.out) / "scores.parquet"), VideoScore)
-    return table, {(row.name, row.metric, row.method): row for row in rows}
-
-
-def failures_of(out: Path) -> dict[str, tuple[str, str]]:
-    rows = from_table(pq.read_table(out / "failures.parquet"), Failure)
-    return {row.item: (row.code, row.cause) for row in rows}
 
 
 def clips(inputs: Path) -> tuple[Dataset, dict[str, Any]]:
